@@ -1,0 +1,323 @@
+"""A chain of layers as one disk: read from whoever owns a block, write to the delta on top.
+
+For each segment that is in use, one byte per block says which layer owns it (0: nobody, the block reads as zeros). It
+is put together when the segment is first touched, from the maps of all layers, and from then on the depth of the chain
+does not show: a read looks up its owner and goes straight to that file.
+
+Every operation stands here twice, in effect: ``*_nowait`` never waits for a disk and raises BlockingIOError where it
+would have to, for an event loop to try first; the plain one waits, for a thread. A ``*_nowait`` that raised may have
+been done in part; doing the whole operation again finishes it.
+
+Thread-safe. Changes exclude one another (``_changing``), which is what makes two unaligned writes into one block both
+survive; reads and flushes go on beside them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+
+from nbdclone.errors import UsageError
+from nbdclone.store.delta import Delta
+from nbdclone.store.fs import FILE_SYSTEM, FileSystem
+from nbdclone.store.layer import (
+    BLOCK_SHIFT,
+    BLOCK_SIZE,
+    BLOCKS_PER_SEGMENT,
+    MAX_LAYERS,
+    NOWHERE,
+    SEGMENT_SIZE,
+    Layer,
+    uniform,
+    zero_runs,
+)
+
+BLOCK_MASK = BLOCK_SIZE - 1
+_RUN = re.compile(rb"(.)\1*", re.DOTALL)
+_SOMEWHERE = re.compile(rb"[^\0]+")
+_ZERO_BLOCK = bytes(BLOCK_SIZE)
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Clone:
+    """A disk of ``size`` bytes. Offsets and lengths are bytes, of any alignment.
+
+    ``layers`` is ordered from the base upwards; the disk is writable if the last is a Delta.
+    """
+
+    def __init__(self, name: str, layers: Sequence[Layer], fs: FileSystem = FILE_SYSTEM) -> None:
+        assert 0 < len(layers) <= MAX_LAYERS
+        top = layers[-1]
+        self.name = name
+        self.size = top.size
+        self.layers = tuple(layers)
+        self._delta = top if isinstance(top, Delta) else None
+        self._top = len(layers)
+        self._fs = fs
+        self._preadv = fs.preadv
+        self._pwrite = fs.pwrite
+        self._nowait = fs.NOWAIT
+        # By owner; NOWHERE is never looked up.
+        self._fds = [-1, *(layer.fd for layer in layers)]
+        self._strides = [0, *(layer.stride for layer in layers)]
+        self._owners: dict[int, bytes | bytearray] = {}
+        self._changing = threading.Lock()
+        self._closed = False
+
+    @property
+    def read_only(self) -> bool:
+        return self._delta is None
+
+    # Reading
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Read ``length`` bytes at ``offset``. Raises UsageError beyond the end, OSError."""
+        self._require_inside(offset, length)
+        data = bytearray(length)
+        self.read_into(memoryview(data), offset)
+        return bytes(data)
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` from ``offset``; the range must be inside the disk. Raises OSError."""
+        self._read(view, offset, nowait=False)
+
+    def read_into_nowait(self, view: memoryview, offset: int) -> None:
+        """The same without waiting for a disk. Raises BlockingIOError where it would."""
+        segment, within = divmod(offset, SEGMENT_SIZE)
+        owners = self._owners.get(segment)
+        length = len(view)
+        first = within >> BLOCK_SHIFT
+        end = (within + length + BLOCK_MASK) >> BLOCK_SHIFT
+        if owners is not None and end <= BLOCKS_PER_SEGMENT:
+            owner = owners[first]
+            count = end - first
+            if owner and (count == 1 or owners.count(owner, first, end) == count):
+                position = offset + (segment + 1) * self._strides[owner]
+                if self._preadv(self._fds[owner], (view,), position, self._nowait) == length:
+                    return
+                raise BlockingIOError(errno.EAGAIN, "only a part is in memory")
+        self._read(view, offset, nowait=True)
+
+    def _read(self, view: memoryview, offset: int, nowait: bool) -> None:
+        done = 0
+        for owner, position, length in self._runs(offset, len(view), nowait):
+            part = view[done : done + length]
+            done += length
+            if owner == NOWHERE:
+                part[:] = bytes(length)
+                continue
+            at = position + (position // SEGMENT_SIZE + 1) * self._strides[owner]
+            if nowait:
+                if self._preadv(self._fds[owner], (part,), at, self._nowait) != length:
+                    raise BlockingIOError(errno.EAGAIN, "only a part is in memory")
+                continue
+            count = self._fs.pread_all(self._fds[owner], [part], at, length)
+            if count < length:  # the end of a base that is no whole number of blocks
+                part[count:] = bytes(length - count)
+
+    def _runs(self, offset: int, length: int, nowait: bool) -> Iterator[tuple[int, int, int]]:
+        """The range as (owner, offset, length), each within one segment, in order."""
+        end = offset + length
+        while offset < end:
+            segment = offset // SEGMENT_SIZE
+            origin = segment * SEGMENT_SIZE
+            stop = min(end, origin + SEGMENT_SIZE)
+            owners = self._owners_of(segment, nowait)
+            last = (stop - origin + BLOCK_MASK) >> BLOCK_SHIFT
+            for run in _RUN.finditer(owners, (offset - origin) >> BLOCK_SHIFT, last):
+                start = max(offset, origin + (run.start() << BLOCK_SHIFT))
+                yield run[0][0], start, min(stop, origin + (run.end() << BLOCK_SHIFT)) - start
+            offset = stop
+
+    def _owners_of(self, segment: int, nowait: bool) -> bytes | bytearray:
+        owners = self._owners.get(segment)
+        if owners is None:
+            painted = uniform(NOWHERE)
+            for index, layer in enumerate(self.layers, start=1):
+                painted = layer.paint(segment, painted, index, nowait)
+            if painted == uniform(painted[0]):
+                painted = uniform(painted[0])
+            # Another thread may have been here first, and may have changed its map since: the first one stays.
+            owners = self._owners.setdefault(segment, painted)
+        return owners
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Ask the kernel to bring the range into memory."""
+        for owner, position, count in self._runs(offset, length, nowait=False):
+            if owner != NOWHERE:
+                at = position + (position // SEGMENT_SIZE + 1) * self._strides[owner]
+                self._fs.fadvise(self._fds[owner], at, count, os.POSIX_FADV_WILLNEED)
+
+    # Changing
+
+    def pwrite(self, data: Buffer, offset: int) -> None:
+        """Write all of ``data`` at ``offset``. Raises UsageError if read-only or beyond the end, OSError."""
+        self._require_inside(offset, len(data))
+        self.write(memoryview(data), offset)
+
+    def write(self, view: memoryview, offset: int) -> None:
+        """Write ``view``; the range must be inside the disk. Raises OSError (ENOSPC: in part written), CloneFailed."""
+        self._write(view, offset, nowait=False)
+
+    def write_nowait(self, view: memoryview, offset: int) -> None:
+        """The same without waiting for a disk to be read. Raises BlockingIOError where it would."""
+        self._write(view, offset, nowait=True)
+
+    def zero(self, offset: int, length: int, *, allocate: bool = False) -> None:
+        """Make the range read as zeros, and give its space back; with ``allocate`` take space for it instead.
+
+        The range must be inside the disk. Raises OSError, CloneFailed.
+        """
+        with self._changing:
+            self._writable().require_sound()
+            for start, count in _pieces(offset, length):
+                if start & BLOCK_MASK or count < BLOCK_SIZE:
+                    self._write_partial(memoryview(_ZERO_BLOCK)[:count], start, nowait=False)
+                else:
+                    self._zero_blocks(start, count, nowait=False, allocate=allocate)
+
+    def flush(self) -> None:
+        """Make durable every write that was finished before the call. Raises OSError, CloneFailed."""
+        if self._delta:
+            self._delta.flush()
+
+    def close(self) -> None:
+        """Flush, close the files, let go of the locks. Once closed, closing again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._delta:
+                self._delta.settle_all()
+        finally:
+            for layer in self.layers:
+                layer.close()
+
+    def _write(self, view: memoryview, offset: int, nowait: bool) -> None:
+        with self._changing:
+            self._writable().require_sound()
+            length = len(view)
+            if not (offset | length) & BLOCK_MASK and offset % SEGMENT_SIZE + length <= SEGMENT_SIZE:
+                self._write_blocks(view, offset, nowait)
+                return
+            done = 0
+            for start, count in _pieces(offset, length):
+                part = view[done : done + count]
+                done += count
+                if start & BLOCK_MASK or count < BLOCK_SIZE:
+                    self._write_partial(part, start, nowait)
+                else:
+                    self._write_blocks(part, start, nowait)
+
+    def _write_blocks(self, view: memoryview, offset: int, nowait: bool) -> None:
+        """Write whole blocks within one segment; those that hold only zeros become holes."""
+        if 0 not in bytes(view[::BLOCK_SIZE]):  # no block begins with a zero: none can be all zeros
+            self._store(view, offset, nowait)
+            return
+        for zero, start, end in zero_runs(view):
+            if zero:
+                self._zero_blocks(offset + start, end - start, nowait, allocate=False)
+            else:
+                self._store(view[start:end], offset + start, nowait)
+
+    def _store(self, view: memoryview, offset: int, nowait: bool) -> None:
+        segment, within = divmod(offset, SEGMENT_SIZE)
+        owners = self._owners_of(segment, nowait)
+        delta = self._writable()
+        length = len(view)
+        position = offset + (segment + 1) * delta.stride
+        written = self._pwrite(delta.fd, view, position)
+        if written != length:
+            self._fs.pwrite_all(delta.fd, view[written:], position + written)
+        # Marked after the bytes are in the file: a flush that sees the mark has its data sync ahead of it.
+        first = within >> BLOCK_SHIFT
+        count = length >> BLOCK_SHIFT
+        if owners.count(self._top, first, first + count) != count:
+            self._take(segment, first, first + count)
+        delta.touched()
+
+    def _zero_blocks(self, offset: int, length: int, nowait: bool, allocate: bool) -> None:
+        """Zero whole blocks within one segment. Blocks that are nowhere stay there, unless they are to be allocated."""
+        segment, within = divmod(offset, SEGMENT_SIZE)
+        owners = self._owners_of(segment, nowait)
+        delta = self._writable()
+        first, end = within >> BLOCK_SHIFT, (within + length) >> BLOCK_SHIFT
+        spans = [(first, end)] if allocate else [run.span() for run in _SOMEWHERE.finditer(owners, first, end)]
+        clear = self._fs.zero_allocated if allocate else self._fs.punch
+        for first, end in spans:
+            # Also where the block is not ours yet: what lies at its place may be the bytes of a write that a crash
+            # left unmarked. As with data, the hole is made before the mark, and a flush syncs it before the map.
+            position = (segment + 1) * delta.stride + segment * SEGMENT_SIZE + (first << BLOCK_SHIFT)
+            clear(delta.fd, position, (end - first) << BLOCK_SHIFT)
+            if owners.count(self._top, first, end) != end - first:
+                self._take(segment, first, end)
+            delta.touched()
+
+    def _write_partial(self, view: memoryview, offset: int, nowait: bool) -> None:
+        """Write a part of one block. A block that is not ours yet is copied up with the new bytes in it."""
+        segment, within = divmod(offset, SEGMENT_SIZE)
+        owner = self._owners_of(segment, nowait)[within >> BLOCK_SHIFT]
+        lead = offset & BLOCK_MASK
+        block = bytearray(BLOCK_SIZE)
+        delta = self._writable()
+        position = offset + (segment + 1) * delta.stride
+        if owner == self._top:
+            if nowait:  # the kernel would read the rest of the page from the disk: see that it need not
+                self._read_block(block, offset - lead, nowait)
+            self._fs.pwrite_all(delta.fd, view, position)
+            delta.touched()
+            return
+        self._read_block(block, offset - lead, nowait)
+        block[lead : lead + len(view)] = view
+        self._write_blocks(memoryview(block), offset - lead, nowait)
+
+    def _read_block(self, block: bytearray, offset: int, nowait: bool) -> None:
+        """Read one block; beyond the end of the disk, in its last block, there are zeros."""
+        count = min(BLOCK_SIZE, self.size - offset)
+        self._read(memoryview(block)[:count], offset, nowait)
+
+    def _take(self, segment: int, first: int, end: int) -> None:
+        """Make blocks [first, end) of the segment the delta's."""
+        self._writable().mark(segment, first, end - 1)
+        if end - first == BLOCKS_PER_SEGMENT:
+            self._owners[segment] = uniform(self._top)
+            return
+        owners = self._owners[segment]
+        if not isinstance(owners, bytearray):
+            owners = self._owners[segment] = bytearray(owners)
+        owners[first:end] = uniform(self._top)[: end - first]
+
+    def _writable(self) -> Delta:
+        if self._delta is None:
+            raise UsageError(f"'{self.name}' is read-only")
+        return self._delta
+
+    def _require_inside(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise UsageError(f"'{self.name}' has {self.size} bytes: [{offset}, {offset + length}) is outside")
+
+    def __enter__(self) -> Clone:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _pieces(offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """The range as (offset, length): parts of one block, and rows of whole blocks within one segment."""
+    end = offset + length
+    while offset < end:
+        lead = offset & BLOCK_MASK
+        if lead or end - offset < BLOCK_SIZE:
+            count = min(BLOCK_SIZE - lead, end - offset)
+        else:
+            count = min((end - offset) & ~BLOCK_MASK, SEGMENT_SIZE - offset % SEGMENT_SIZE)
+        yield offset, count
+        offset += count

@@ -1,0 +1,400 @@
+"""The delta: a clone's own file, and the order of writes that makes it survive a power cut.
+
+The file is a row of segments, each 1 MiB of metadata followed by 127 MiB of data:
+
+    segment s starts at s * 128 MiB
+      +0        header, slot A     (segment 0 only)
+      +64 KiB   map page, slot A
+      +512 KiB  header, slot B     (segment 0 only)
+      +576 KiB  map page, slot B
+      +1 MiB    the data of the disk's bytes [s * 127 MiB, (s + 1) * 127 MiB)
+
+so byte ``offset`` of the disk stands at ``offset + (offset // 127 MiB + 1) * 1 MiB`` of the file, and a disk grows by
+growing its file. A map page has a bit for each block of its segment: set if the block is this delta's. A block whose
+bit is set and that was trimmed is a hole in the file, and reads as zeros: there is no third state.
+
+**Two slots.** Header and map pages are written alternately to two places, each page with its sequence number and its
+checksum. A page that was torn by a power cut, or rots, fails its checksum, and the other slot holds the one before.
+A page that stays unchanged is copied to the other slot when the next sync comes by (``_unmirrored``), so that at rest
+both slots say the same and losing either loses nothing.
+
+**The order of a flush**, which the comments in :meth:`Delta.flush` argue step by step: note the map as it is, sync the
+data, write the noted map, sync again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import struct
+import threading
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdclone.errors import CloneFailed, CorruptDelta, FileTooLarge, NotFound, UnsupportedFormat
+from nbdclone.store.fs import FILE_SYSTEM, FileSystem
+from nbdclone.store.layer import (
+    BITMAP_SIZE,
+    BLOCK_SIZE,
+    MAX_SIZE,
+    MIN_SIZE,
+    SECTOR_SIZE,
+    SEGMENT_SIZE,
+    paint_bitmap,
+    uniform,
+)
+
+METADATA_SIZE = 1 << 20
+SEGMENT_SPAN = METADATA_SIZE + SEGMENT_SIZE
+PAGE_SIZE = 4096
+HEADER_SLOTS = (0, 512 << 10)
+MAP_SLOTS = (64 << 10, 576 << 10)
+
+VERSION = 1
+MAGIC = b"NBDDELTA"
+# Header: magic, version, block size, features that a reader must know, features that it may ignore, sequence, id,
+# parent's id, fingerprint of the base, size, time of creation (Unix, ns), length of the parent's name, that name.
+HEADER = struct.Struct(">8sIIQQQ16s16s32sQQH255s")
+# The last four bytes of the header's page: CRC-32 (as in zlib) of the 4092 before them.
+CHECKSUM = struct.Struct(">I")
+# Map page: magic, CRC-32 of all that follows, segment, sequence, first eight bytes of the delta's id; then the bitmap.
+MAP_MAGIC = b"NMAP"
+MAP_PAGE = struct.Struct(">4sIQQ8s")
+assert MAP_PAGE.size + BITMAP_SIZE == PAGE_SIZE
+
+EMPTY_BITMAP = bytes(BITMAP_SIZE)
+_EMPTY_PAGE = bytes(PAGE_SIZE)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a delta says of itself. ``parent_name`` is for people and for a first guess: the id is what counts."""
+
+    id: bytes
+    parent_id: bytes
+    fingerprint: bytes
+    size: int
+    created: int
+    parent_name: str
+    sequence: int = 1
+
+    def encode(self) -> bytes:
+        name = self.parent_name.encode()
+        body = HEADER.pack(
+            MAGIC, VERSION, BLOCK_SIZE, 0, 0, self.sequence, self.id, self.parent_id, self.fingerprint,
+            self.size, self.created, len(name), name,
+        ).ljust(PAGE_SIZE - CHECKSUM.size, b"\0")  # fmt: skip
+        return body + CHECKSUM.pack(zlib.crc32(body))
+
+    @classmethod
+    def decode(cls, page: bytes, path: str) -> Header:
+        """Raises CorruptDelta or UnsupportedFormat."""
+        fields = HEADER.unpack_from(page)
+        magic, version, block_size, incompatible, _compatible, sequence, *identity, name_length, name = fields
+        if magic != MAGIC:
+            raise CorruptDelta(path, "not a delta (no NBDDELTA at its start)")
+        if len(page) != PAGE_SIZE or zlib.crc32(page[: -CHECKSUM.size]) != CHECKSUM.unpack(page[-CHECKSUM.size :])[0]:
+            raise CorruptDelta(path, "its header fails its checksum")
+        if version != VERSION or incompatible:
+            raise UnsupportedFormat(
+                f"{path}: made by a newer nbdclone (format {version}, features {incompatible:#x}; "
+                f"this one knows format {VERSION})"
+            )
+        own_id, parent_id, fingerprint, size, created = identity
+        if block_size != BLOCK_SIZE or not MIN_SIZE <= size <= MAX_SIZE or size % SECTOR_SIZE or name_length > 255:
+            raise CorruptDelta(path, f"its header makes no sense (block size {block_size}, size {size})")
+        parent_name = name[:name_length].decode(errors="replace")
+        return cls(own_id, parent_id, fingerprint, size, created, parent_name, sequence)
+
+
+def encode_map_page(segment: int, sequence: int, delta_id: bytes, bitmap: bytes) -> bytes:
+    """A page of the map, 4096 bytes."""
+    rest = struct.pack(">QQ8s", segment, sequence, delta_id[:8]) + bitmap
+    return MAP_MAGIC + CHECKSUM.pack(zlib.crc32(rest)) + rest
+
+
+def decode_map_page(page: bytes, segment: int, delta_id: bytes) -> tuple[int, bytes] | None:
+    """Return (sequence, bitmap); None if the page is torn, rotten, or belongs elsewhere."""
+    magic, checksum, its_segment, sequence, its_id = MAP_PAGE.unpack_from(page)
+    if magic != MAP_MAGIC or its_segment != segment or its_id != delta_id[:8] or zlib.crc32(page[8:]) != checksum:
+        return None
+    return sequence, page[MAP_PAGE.size :]
+
+
+def file_size(size: int) -> int:
+    """The length in bytes of the delta of a disk of ``size`` bytes."""
+    full, rest = divmod(size, SEGMENT_SIZE)
+    return full * SEGMENT_SPAN + (METADATA_SIZE + -(-rest // BLOCK_SIZE) * BLOCK_SIZE if rest else 0)
+
+
+@dataclass(slots=True)
+class _Segment:
+    """The map of one segment in memory. ``slot`` (0 or 1) is where the newest durable page stands."""
+
+    bitmap: bytearray
+    sequence: int
+    slot: int
+    reserved: bool  # both slots have their space: writing the map will not meet a full disk
+
+
+class Delta:
+    """A clone's delta, opened. Thread-safe: marks may come while a flush runs; flushes wait for one another."""
+
+    stride = METADATA_SIZE
+
+    def __init__(self, path: Path, header: Header, fd: int, fs: FileSystem) -> None:
+        self.path = path
+        self.header = header
+        self.fd = fd
+        self.size = header.size
+        self.damaged_pages: list[str] = []  # slots that failed their checksum; the other slot served
+        self._fs = fs
+        self._segments: dict[int, _Segment] = {}
+        self._dirty: set[int] = set()
+        self._unmirrored: set[int] = set()
+        # True from the start: a process that was killed may have left acknowledged writes that are not durable yet.
+        self._unsynced = True
+        self._failure: str | None = None
+        self._lock = threading.Lock()
+        self._flushing = threading.Lock()
+
+    @classmethod
+    def create(cls, path: Path, header: Header, fs: FileSystem = FILE_SYSTEM) -> None:
+        """Make a delta without blocks and make it durable. Raises FileTooLarge, OSError.
+
+        The caller makes its directory entry durable: until then nothing refers to it.
+        """
+        fd = fs.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                fs.ftruncate(fd, file_size(header.size))
+            except OSError as error:
+                if error.errno != errno.EFBIG:
+                    raise
+                raise FileTooLarge(
+                    f"a disk of {header.size} bytes needs a sparse file of {file_size(header.size)} bytes, "
+                    f"more than this file system takes (ext4: 16 TiB less 4 KiB); use a smaller size, or XFS"
+                ) from None
+            page = header.encode()
+            for slot in HEADER_SLOTS:
+                fs.pwrite_all(fd, page, slot)
+            fs.sync(fd)
+        finally:
+            fs.close(fd)
+
+    @classmethod
+    def open(cls, path: Path, what: str, fs: FileSystem = FILE_SYSTEM) -> Delta:
+        """Open a delta for writing and take its lock. ``what`` begins the messages: "clone 'web1'".
+
+        Costs the same whatever its size. Raises NotFound, InUse, CorruptDelta, UnsupportedFormat.
+        """
+        try:
+            fd = fs.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise NotFound(f"{what} is not there ({path})") from None
+        try:
+            fs.lock(fd, path, what)
+            status = fs.fstat(fd)
+            if not _still_there(path, status, fs):
+                raise NotFound(f"{what} was removed just now ({path})")
+            header = read_header(fd, str(path), fs)
+            if status.st_size < file_size(header.size):
+                raise CorruptDelta(str(path), f"truncated: {status.st_size} bytes of {file_size(header.size)}")
+        except BaseException:
+            fs.close(fd)
+            raise
+        return cls(path, header, fd, fs)
+
+    def close(self) -> None:
+        """Close the file and let go of the lock. What was not flushed is not made durable."""
+        self._fs.close(self.fd)
+
+    # The map
+
+    def paint(self, segment: int, owners: bytes, index: int, nowait: bool) -> bytes:
+        bitmap = self._load(segment, nowait).bitmap
+        if bitmap == EMPTY_BITMAP:
+            return owners
+        if bitmap.count(0xFF) == BITMAP_SIZE:
+            return uniform(index)
+        return paint_bitmap(owners, bitmap, index)
+
+    def mark(self, segment: int, first: int, last: int) -> None:
+        """Note that blocks ``first`` to ``last`` of the segment are this delta's: their bytes are in the file already.
+
+        Raises OSError (ENOSPC) before anything is noted if there is no room for the map.
+        """
+        state = self._load(segment, nowait=False)
+        if not state.reserved:
+            for slot in MAP_SLOTS:
+                self._fs.allocate(self.fd, segment * SEGMENT_SPAN + slot, PAGE_SIZE)
+            state.reserved = True
+        with self._lock:
+            _set_bits(state.bitmap, first, last)
+            self._dirty.add(segment)
+
+    def require_sound(self) -> None:
+        """Raises CloneFailed if a sync failed before: nothing may be written any more."""
+        if self._failure:
+            raise CloneFailed(self._failure)
+
+    def touched(self) -> None:
+        """Say that the file was written: after the write, for a flush in between must not take it as synced."""
+        self._unsynced = True
+
+    # Durability
+
+    def flush(self) -> None:
+        """Make durable everything written before the call.
+
+        Raises OSError; ENOSPC leaves everything as it was, to be tried again; an error of a sync makes the delta refuse
+        writes from then on (CloneFailed): the kernel may have dropped the pages that it could not write, so that a
+        later sync would succeed without them.
+        """
+        with self._flushing:
+            self.require_sound()
+            # The map as it is now, before the data sync begins: each block in it was written to the file before it was
+            # marked, so this sync covers it. A block marked while the sync runs may not be covered: it is not in here,
+            # and goes with the next flush.
+            with self._lock:
+                if not self._unsynced and not self._dirty:
+                    return
+                noted = {segment: bytes(self._segments[segment].bitmap) for segment in self._dirty}
+                self._dirty.clear()
+                self._unsynced = False
+            try:
+                # A power cut before or in this sync: the old map is in force. New blocks read from below, as before;
+                # blocks that were ours already hold, sector by sector, what they held or what was written since.
+                self._sync()
+                if noted:
+                    self._write_pages(noted)
+                    # A power cut before or in this sync: for each segment the new page or, if it is missing or torn,
+                    # the one in the other slot, which an earlier sync made durable. Both point only at data that is.
+                    self._sync()
+            except BaseException:
+                with self._lock:
+                    self._dirty |= noted.keys()
+                    self._unsynced = True
+                raise
+            self._settle(noted)
+
+    def _sync(self) -> None:
+        try:
+            self._fs.datasync(self.fd)
+        except OSError as error:
+            reason = os.strerror(error.errno or errno.EIO)
+            self._failure = f"{self.path}: a sync failed ({reason}): no more writes until it is reopened"
+            raise
+
+    def _write_pages(self, noted: dict[int, bytes]) -> None:
+        for segment, bitmap in noted.items():
+            state = self._segments[segment]
+            page = encode_map_page(segment, state.sequence + 1, self.header.id, bitmap)
+            self._fs.pwrite_all(self.fd, page, segment * SEGMENT_SPAN + MAP_SLOTS[1 - state.slot])
+
+    def _settle(self, noted: dict[int, bytes]) -> None:
+        """After the second sync: the new pages are the newest, and quiet segments get their page in both slots.
+
+        The copies are not synced here. A power cut that tears one leaves the newest durable page, which is never
+        written over: a new page always goes to the other slot.
+        """
+        for segment in noted:
+            state = self._segments[segment]
+            state.sequence += 1
+            state.slot = 1 - state.slot
+        quiet = self._unmirrored - noted.keys()
+        self._unmirrored |= noted.keys()
+        # A copy that fails is made later: the flush itself is done.
+        with contextlib.suppress(OSError):
+            self._mirror(quiet)
+
+    def _mirror(self, segments: set[int]) -> None:
+        for segment in segments:
+            state = self._segments[segment]
+            start = segment * SEGMENT_SPAN
+            page = read_page(self._fs, self.fd, start + MAP_SLOTS[state.slot], nowait=False)
+            self._fs.pwrite_all(self.fd, page, start + MAP_SLOTS[1 - state.slot])
+            self._unmirrored.discard(segment)
+
+    def settle_all(self) -> None:
+        """Flush, and leave each map page in both slots, durable: what a close does."""
+        self.flush()
+        with self._flushing:
+            if self._unmirrored:
+                self._mirror(set(self._unmirrored))
+                self._sync()
+
+    # Loading
+
+    def _load(self, segment: int, nowait: bool) -> _Segment:
+        state = self._segments.get(segment)
+        if state is None:
+            state = self._read_map(segment, nowait)
+            # Two threads may have read it at once: one of the results becomes the segment's for both.
+            state = self._segments.setdefault(segment, state)
+        return state
+
+    def _read_map(self, segment: int, nowait: bool) -> _Segment:
+        start = segment * SEGMENT_SPAN
+        pages = [read_page(self._fs, self.fd, start + slot, nowait) for slot in MAP_SLOTS]
+        read = [decode_map_page(page, segment, self.header.id) for page in pages]
+        for slot, (page, decoded) in enumerate(zip(pages, read, strict=True)):
+            if decoded is None and page != _EMPTY_PAGE:
+                self.damaged_pages.append(f"map page of segment {segment}, slot {'AB'[slot]}")
+        valid = [(decoded[0], slot, decoded[1]) for slot, decoded in enumerate(read) if decoded is not None]
+        if valid:
+            sequence, slot, bitmap = max(valid)
+            return _Segment(bytearray(bitmap), sequence, slot, reserved=True)
+        # Both slots empty: never written. One empty and one torn: its first write was cut off before it was durable.
+        # Neither empty: something that was durable is gone.
+        if _EMPTY_PAGE not in pages:
+            raise CorruptDelta(str(self.path), f"both copies of the map page of segment {segment} fail their checksum")
+        return _Segment(bytearray(BITMAP_SIZE), sequence=0, slot=1, reserved=False)
+
+
+def read_page(fs: FileSystem, fd: int, offset: int, nowait: bool) -> bytes:
+    """Read one page; zeros past the end of the file. BlockingIOError if ``nowait`` and it is not in memory."""
+    page = bytearray(PAGE_SIZE)
+    if nowait and fs.preadv(fd, [page], offset, fs.NOWAIT) != PAGE_SIZE:
+        raise BlockingIOError(errno.EAGAIN, "not in memory")
+    if not nowait:
+        fs.pread_all(fd, [page], offset, PAGE_SIZE)
+    return bytes(page)
+
+
+def read_header(fd: int, path: str, fs: FileSystem = FILE_SYSTEM) -> Header:
+    """The header of an open delta: the newer of the two that are valid. Raises CorruptDelta, UnsupportedFormat."""
+    headers: list[Header] = []
+    errors: list[CorruptDelta] = []
+    for slot in HEADER_SLOTS:
+        try:
+            headers.append(Header.decode(read_page(fs, fd, slot, nowait=False), path))
+        except CorruptDelta as error:
+            errors.append(error)
+    if not headers:
+        raise errors[0]
+    return max(headers, key=lambda header: header.sequence)
+
+
+def _still_there(path: Path, status: os.stat_result, fs: FileSystem) -> bool:
+    """Is the file that was opened and locked the one of that name? A removal may have come in between."""
+    try:
+        now = fs.stat(path)
+    except FileNotFoundError:
+        return False
+    return (now.st_dev, now.st_ino) == (status.st_dev, status.st_ino)
+
+
+def _set_bits(bitmap: bytearray, first: int, last: int) -> None:
+    """Set bits ``first`` to ``last``; bit 0 is the most significant of byte 0."""
+    low, high = first >> 3, last >> 3
+    head = 0xFF >> (first & 7)
+    tail = 0xFF << (7 - (last & 7)) & 0xFF
+    if low == high:
+        bitmap[low] |= head & tail
+    else:
+        bitmap[low] |= head
+        bitmap[high] |= tail
+        bitmap[low + 1 : high] = b"\xff" * (high - low - 1)

@@ -1,0 +1,179 @@
+"""The operating system, as the store needs it: the one place that calls it.
+
+Everything that must survive a power cut goes through :class:`FileSystem`, so that a test can put a simulated
+disk in its place. The calls that stand on the hot path are the plain functions of :mod:`os`, bound as they are:
+going through this class costs an attribute look-up and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from nbdclone.errors import InUse
+
+# From linux/falloc.h.
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
+
+# From linux/fs.h: share the extents of a whole file (btrfs, XFS, bcachefs).
+FICLONE = 0x40049409
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc.fallocate.restype = ctypes.c_int
+
+
+def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    while _libc.fallocate(fd, mode, offset, length) != 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
+class FileSystem:
+    """The file operations of the store. Stateless; every error is an :class:`OSError`."""
+
+    open = staticmethod(os.open)
+    close = staticmethod(os.close)
+    preadv = staticmethod(os.preadv)
+    pwrite = staticmethod(os.pwrite)
+    ftruncate = staticmethod(os.ftruncate)
+    fstat = staticmethod(os.fstat)
+    stat = staticmethod(os.stat)
+    fchmod = staticmethod(os.fchmod)
+    rename = staticmethod(os.rename)
+    mkdir = staticmethod(os.mkdir)
+    lseek = staticmethod(os.lseek)
+    datasync = staticmethod(os.fdatasync)
+    sync = staticmethod(os.fsync)
+    fadvise = staticmethod(os.posix_fadvise)
+    allocate = staticmethod(os.posix_fallocate)
+    remove_tree = staticmethod(shutil.rmtree)
+
+    # What preadv takes in order to answer EAGAIN rather than wait for the disk (man 2 preadv2).
+    NOWAIT: int = os.RWF_NOWAIT
+
+    def punch(self, fd: int, offset: int, length: int) -> None:
+        """Give the range back to the file system; it reads as zeros from now on.
+
+        Where the file system cannot do that (EOPNOTSUPP), zeros are written: the meaning is kept, not the space.
+        """
+        try:
+            _fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            self._write_zeros(fd, offset, length)
+
+    def zero_allocated(self, fd: int, offset: int, length: int) -> None:
+        """Make the range read as zeros and keep (or take) the space for it."""
+        try:
+            _fallocate(fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, length)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            self._write_zeros(fd, offset, length)
+
+    def reflink(self, target_fd: int, source_fd: int) -> bool:
+        """Make the target share the source's extents; False where that cannot be done."""
+        try:
+            fcntl.ioctl(target_fd, FICLONE, source_fd)
+        except OSError:
+            return False
+        return True
+
+    def sync_directory(self, path: Path) -> None:
+        """Make the directory's entries durable: a file that was synced is not there until its name is."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def lock(self, fd: int, path: str | Path, what: str, *, shared: bool = False) -> None:
+        """Take the advisory lock on an open file, or raise :class:`InUse` that names the holder.
+
+        ``what`` begins the message: "clone 'web1'". The lock goes when the descriptor is closed or its process dies.
+        """
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            status = os.fstat(fd)
+            pid = lock_holders().get((status.st_dev, status.st_ino))
+            holder = "another process" if pid is None else describe_process(pid)
+            raise InUse(f"{what} is in use by {holder} ({path})") from None
+
+    @contextlib.contextmanager
+    def exclusively(self, path: str | Path) -> Iterator[None]:
+        """Hold the lock file at ``path`` (made when missing), waiting for it: for critical sections that are short."""
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def pwrite_all(self, fd: int, data: Any, offset: int) -> None:
+        """Write all of ``data`` (bytes-like). The kernel may take less than it is given."""
+        view = memoryview(data)
+        while view:
+            written = self.pwrite(fd, view, offset)
+            view = view[written:]
+            offset += written
+
+    def pread_all(self, fd: int, buffers: Sequence[Any], offset: int, length: int) -> int:
+        """Fill the one buffer given from the file, until ``length`` bytes or the end of the file; the count read."""
+        view = memoryview(buffers[0])[:length]
+        done = 0
+        while done < length:
+            count = self.preadv(fd, [view[done:]], offset + done)
+            if count == 0:
+                break
+            done += count
+        return done
+
+    def _write_zeros(self, fd: int, offset: int, length: int) -> None:
+        piece = bytes(min(length, 1 << 20))
+        while length:
+            count = min(length, len(piece))
+            self.pwrite_all(fd, memoryview(piece)[:count], offset)
+            offset += count
+            length -= count
+
+
+def lock_holders() -> dict[tuple[int, int], int]:
+    """Who holds a flock on which file: (device, inode) to process id, as /proc/locks says (man 5 proc)."""
+    holders: dict[tuple[int, int], int] = {}
+    with contextlib.suppress(OSError), open("/proc/locks", encoding="ascii") as table:
+        for line in table:
+            fields = line.split()  # "1: FLOCK ADVISORY WRITE 4711 fe:00:131 0 EOF"; "->" marks one that waits
+            if "->" not in fields and fields[1] == "FLOCK":
+                major, minor, inode = fields[5].split(":")
+                holders[os.makedev(int(major, 16), int(minor, 16)), int(inode)] = int(fields[4])
+    return holders
+
+
+def describe_process(pid: int) -> str:
+    """A process in words, for a message: its number and its command line."""
+    if pid <= 0:  # a process of another namespace: the kernel does not say which
+        return "a process in another container"
+    if pid == os.getpid():
+        return f"this process ({pid})"
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = file.read().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return f"process {pid}"
+    return f"process {pid} ({words[:100]})" if words else f"process {pid}"
+
+
+FILE_SYSTEM = FileSystem()

@@ -1,0 +1,245 @@
+"""A base: an immutable raw image, and the record that says what it must hold.
+
+A base is a directory of the pool:
+
+    image      the raw image, read-only
+    manifest   a BLAKE3 hash of 32 bytes for each chunk of 4 MiB of it; all zeros for a chunk of zeros
+    base.json  its id, size, fingerprint, and the identity of the image file when it was last known to be right
+
+The fingerprint is the BLAKE3 hash of the size and the manifest: it names the content. Hashing the content at each open
+would make opening linear in what is not touched; so the file's identity (size, inode, mtime, ctime) is compared, and
+only where that differs is the content hashed and compared.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from nbdclone.errors import BaseChanged, NotFound, StorageError, UnsupportedFormat
+from nbdclone.store.fs import FILE_SYSTEM, FileSystem
+from nbdclone.store.layer import BLOCKS_PER_SEGMENT, block_count, is_zero, uniform
+
+FORMAT = 1
+# Large enough that the manifest of a 1 TiB base is 8 MiB, small enough that a mismatch names a place worth naming.
+CHUNK_SIZE = 4 << 20
+HASH_SIZE = 32
+ZERO_CHUNK = bytes(HASH_SIZE)
+# base.json is a few hundred bytes; a larger one is not ours.
+MAX_RECORD_SIZE = 1 << 16
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What the file system says of an image file: cheap to compare, and different after any change or copy."""
+
+    size: int
+    inode: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Identity:
+        return cls(status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseRecord:
+    """What ``base.json`` holds. ``size`` is in bytes, ``created`` in ns of Unix time."""
+
+    id: bytes
+    size: int
+    fingerprint: bytes
+    created: int
+    source: str
+    identity: Identity
+
+    def dump(self) -> bytes:
+        fields = asdict(self) | {"format": FORMAT, "id": self.id.hex(), "fingerprint": self.fingerprint.hex()}
+        return json.dumps(fields, indent=1).encode() + b"\n"
+
+    @classmethod
+    def load(cls, path: Path) -> BaseRecord:
+        """Read and check a record. Raises NotFound, UnsupportedFormat or StorageError."""
+        try:
+            with open(path, "rb") as file:
+                fields: dict[str, Any] = json.loads(file.read(MAX_RECORD_SIZE))
+            if fields["format"] > FORMAT:
+                raise UnsupportedFormat(
+                    f"{path}: made by a newer nbdclone (format {fields['format']}, this one knows {FORMAT})"
+                )
+            return cls(
+                id=_exactly(16, fields["id"]),
+                size=int(fields["size"]),
+                fingerprint=_exactly(HASH_SIZE, fields["fingerprint"]),
+                created=int(fields["created"]),
+                source=str(fields["source"]),
+                identity=Identity(**{name: int(fields["identity"][name]) for name in Identity.__slots__}),
+            )
+        except FileNotFoundError:
+            raise NotFound(f"{path}: no such base") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+
+
+def _exactly(length: int, text: str) -> bytes:
+    value = bytes.fromhex(text)
+    if len(value) != length:
+        raise ValueError(f"expected {length} bytes")
+    return value
+
+
+class Image:
+    """The layer at the bottom of a chain: a base's image, opened read-only and shared by all who read it."""
+
+    stride = 0
+
+    def __init__(self, name: str, directory: Path, record: BaseRecord, fd: int, fs: FileSystem) -> None:
+        self.name = name
+        self.directory = directory
+        self.record = record
+        self.fd = fd
+        self.size = record.size
+        self._fs = fs
+
+    @classmethod
+    def open(cls, name: str, directory: Path, fs: FileSystem = FILE_SYSTEM) -> Image:
+        """Open a base and see that it is what was imported.
+
+        Costs two system calls when the file's identity is the recorded one, a hash of the content otherwise (after
+        the pool was copied, say). Raises NotFound, StorageError, or BaseChanged with the difference.
+        """
+        record = BaseRecord.load(directory / "base.json")
+        path = directory / "image"
+        try:
+            fd = fs.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise BaseChanged(f"base '{name}' is not there any more: {path} is missing") from None
+        try:
+            fs.lock(fd, path, f"base '{name}'", shared=True)
+            identity = Identity.of(fs.fstat(fd))
+            if identity != record.identity:
+                _verify(fd, name, directory, record)
+                record = replace(record, identity=identity)
+                _renew(directory, record, fs)
+        except BaseException:
+            fs.close(fd)
+            raise
+        return cls(name, directory, record, fd, fs)
+
+    def paint(self, segment: int, owners: bytes, index: int, nowait: bool) -> bytes:
+        blocks = min(max(block_count(self.size) - segment * BLOCKS_PER_SEGMENT, 0), BLOCKS_PER_SEGMENT)
+        return uniform(index)[:blocks] + owners[blocks:]
+
+    def close(self) -> None:
+        self._fs.close(self.fd)
+
+
+def _renew(directory: Path, record: BaseRecord, fs: FileSystem) -> None:
+    """Record the identity under which the content was found right, so that it is not hashed again.
+
+    A crash here leaves the old record (the content is hashed once more) or the new one. A pool that cannot be
+    written is no reason to refuse a base that is right.
+    """
+    try:
+        save(directory / "base.json", record.dump(), fs)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC):
+            raise
+
+
+def save(path: Path, content: bytes, fs: FileSystem = FILE_SYSTEM) -> None:
+    """Put ``content`` in the file's place atomically: a crash leaves the old file or the new one, whole."""
+    draft = path.with_name(path.name + ".new")
+    fd = fs.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        fs.pwrite_all(fd, content, 0)
+        fs.sync(fd)  # before the rename: a name must never point at content that is not there
+    finally:
+        fs.close(fd)
+    fs.rename(draft, path)
+    fs.sync_directory(path.parent)
+
+
+def fingerprint_of(size: int, manifest: Iterator[bytes]) -> bytes:
+    """The fingerprint: BLAKE3 over the size (8 bytes, big-endian) and the chunks' hashes in order."""
+    whole = blake3(size.to_bytes(8, "big"))
+    for digest in manifest:
+        whole.update(digest)
+    return whole.digest()
+
+
+def chunk_hash(data: bytes | bytearray | memoryview) -> bytes:
+    """The manifest's entry for a chunk: its BLAKE3 hash, or 32 zeros if it holds nothing but zeros."""
+    if is_zero(data):
+        return ZERO_CHUNK
+    return blake3(data, max_threads=blake3.AUTO).digest()
+
+
+def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """The (start, end) of each stretch of whole chunks that may hold data: what lies between is a hole."""
+    position = 0
+    while position < size:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+            end = os.lseek(fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data from here on
+                return
+            start, end = position, size  # a file system or device that knows no holes
+        start = max(start - start % CHUNK_SIZE, position)
+        end = min(-(-end // CHUNK_SIZE) * CHUNK_SIZE, size)
+        yield start, end
+        position = end
+
+
+def hash_image(fd: int, size: int, progress: Progress | None = None) -> Iterator[tuple[int, bytes]]:
+    """Yield (chunk, hash) for each chunk of the image that is not a hole. Linear in the data, not in the size."""
+    buffer = bytearray(CHUNK_SIZE)
+    for start, end in data_ranges(fd, size):
+        for offset in range(start, end, CHUNK_SIZE):
+            count = FILE_SYSTEM.pread_all(fd, [buffer], offset, min(CHUNK_SIZE, size - offset))
+            yield offset // CHUNK_SIZE, chunk_hash(memoryview(buffer)[:count])
+            if progress:
+                progress(offset + count, size)
+
+
+def read_manifest(path: Path, size: int) -> Iterator[bytes]:
+    """The hashes of a manifest file in order; a file that is too short gives zeros for the rest."""
+    chunks = -(-size // CHUNK_SIZE)
+    with open(path, "rb", buffering=1 << 20) as file:
+        for _ in range(chunks):
+            yield file.read(HASH_SIZE).ljust(HASH_SIZE, b"\0")
+
+
+def _verify(fd: int, name: str, directory: Path, record: BaseRecord) -> None:
+    """Hash the content and compare it with the manifest. Raises BaseChanged that says what differs."""
+    what = f"base '{name}' was changed after its import ({directory / 'image'})"
+    size = os.fstat(fd).st_size
+    if size != record.size:
+        kind = "truncated" if size < record.size else "grown"
+        raise BaseChanged(f"{what}: it was {kind}, from {record.size} to {size} bytes")
+    found = dict(hash_image(fd, size))
+    differing: list[int] = []
+    try:
+        for chunk, expected in enumerate(read_manifest(directory / "manifest", record.size)):
+            if found.get(chunk, ZERO_CHUNK) != expected:
+                differing.append(chunk)
+    except FileNotFoundError:
+        pass  # the fingerprint alone decides
+    chunks = -(-record.size // CHUNK_SIZE)
+    fingerprint = fingerprint_of(record.size, (found.get(chunk, ZERO_CHUNK) for chunk in range(chunks)))
+    if fingerprint == record.fingerprint:
+        return
+    where = ", ".join(f"{c * CHUNK_SIZE}-{min((c + 1) * CHUNK_SIZE, size) - 1}" for c in differing[:3])
+    more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+    raise BaseChanged(f"{what}: its content differs" + (f" in bytes {where}{more}" if differing else ""))

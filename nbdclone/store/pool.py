@@ -1,0 +1,416 @@
+"""A pool: a directory of bases and clones, and the operations that change which there are.
+
+    POOL/bases/NAME/{image,manifest,base.json}
+    POOL/clones/NAME/delta
+    POOL/.lock       held for the moment in which a name appears or goes
+    POOL/.server     held by the server of the pool for as long as it runs
+    POOL/.tmp/       what is being made or removed; leftovers of the dead are cleared by the next who comes
+
+There is no database: a name is a directory's name, and the files inside say the rest. Whatever appears, is made whole
+and durable in ``.tmp`` first and renamed into place; whatever goes, is renamed out of its place first. A rename
+is atomic, so a crash leaves each name there or not there, and nothing half.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdclone.errors import (
+    BaseChanged,
+    InUse,
+    InvalidName,
+    NameTaken,
+    NBDCloneError,
+    NotFound,
+    StorageError,
+    UsageError,
+)
+from nbdclone.store.clone import Clone
+from nbdclone.store.delta import Delta, Header, read_header
+from nbdclone.store.fs import FILE_SYSTEM, FileSystem, describe_process, lock_holders
+from nbdclone.store.image import BaseRecord, Image, Progress
+from nbdclone.store.importing import import_image
+from nbdclone.store.layer import MAX_SIZE, MIN_SIZE, SECTOR_SIZE
+
+# Names are directory names and export names, are typed by people and pasted into URIs. '@' and '+' are kept free.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseInfo:
+    """A base. Sizes in bytes, ``created`` in Unix seconds, ``allocated`` as the file system counts it."""
+
+    name: str
+    id: str
+    size: int
+    allocated: int
+    created: float
+    fingerprint: str
+    source: str
+    clones: tuple[str, ...]
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CloneInfo:
+    """A clone. ``allocated`` is what its delta takes on the disk; ``in_use_by`` says who has it open, in words."""
+
+    name: str
+    id: str
+    size: int
+    allocated: int
+    created: float
+    parent: str
+    in_use_by: str | None = None
+    error: str | None = None
+
+
+def validate_name(name: str) -> None:
+    """Raises InvalidName that says what a name may be."""
+    if not _NAME.fullmatch(name):
+        shown = name if len(name) <= 40 else name[:40] + "..."
+        raise InvalidName(
+            f"{shown!r} cannot be a name: 1 to 100 letters, digits, '.', '-' and '_', the first a letter or digit"
+        )
+
+
+class Pool:
+    """A pool's directory. Holds no state: what it says is what the directory says now."""
+
+    def __init__(self, path: Path, fs: FileSystem = FILE_SYSTEM) -> None:
+        self.path = path
+        self._fs = fs
+        self._bases = path / "bases"
+        self._clones = path / "clones"
+        self._tmp = path / ".tmp"
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, create: bool = False, fs: FileSystem = FILE_SYSTEM) -> Pool:
+        """Open the pool at ``path``; with ``create`` a missing or empty directory is made one.
+
+        Raises NotFound, UsageError if the directory is something else, OSError.
+        """
+        pool = cls(Path(path), fs)
+        if pool._bases.is_dir() and pool._clones.is_dir():
+            return pool
+        if not create:
+            raise NotFound(f"{path} is not a pool: 'nbdclone --pool {path} import FILE' makes one")
+        if pool.path.exists() and not pool.path.is_dir():
+            raise UsageError(f"{path} is not a directory")
+        if pool.path.is_dir() and not set(os.listdir(path)) <= {"bases", "clones", ".lock", ".server", ".tmp"}:
+            raise UsageError(f"{path} is not a pool, and not empty: give a directory of its own")
+        for directory in (pool._tmp, pool._bases, pool._clones):
+            directory.mkdir(parents=True, exist_ok=True)
+        fs.sync_directory(pool.path)
+        return pool
+
+    # Making
+
+    def import_base(
+        self,
+        source: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> BaseInfo:
+        """Make a base from an image file or block device.
+
+        ``name``: else the file's name up to its last dot. ``force``: although the image seems truncated. ``progress``
+        is called with bytes done and bytes in all. Raises UsageError and its children, StorageError.
+        """
+        source = Path(source)
+        name = source.stem if name is None else name
+        validate_name(name)
+        self._require_free([name])
+        with self._no_space_left(f"import of {source}"), self._staging() as staging:
+            draft = staging / name
+            self._fs.mkdir(draft)
+            import_image(source, draft, self._fs, force=force, progress=progress)
+            self._fs.sync_directory(draft)
+            with self._changing():
+                self._require_free([name])
+                # All of it is durable; a power cut leaves the base there or not there. Then the name is made so.
+                self._fs.rename(draft, self._bases / name)
+            self._fs.sync_directory(self._bases)
+        return self._base_info(name, clones=())
+
+    def create_clones(self, source: str, names: Sequence[str], *, size: int | None = None) -> list[CloneInfo]:
+        """Make clones of a base, all of them or, if anything is wrong with one, none.
+
+        ``size`` in bytes (default: the base's) may be larger than the base: the rest reads as zeros. Costs the same
+        whatever the size. Raises UsageError and its children, BaseChanged, FileTooLarge.
+        """
+        for name in names:
+            validate_name(name)
+        if len(set(names)) < len(names):
+            raise UsageError(f"the name {max(names, key=names.count)!r} is given twice")
+        self._require_free(names)
+        with contextlib.closing(self._open_base(source)) as base:
+            size = base.size if size is None else size
+            if size < base.size:
+                raise UsageError(f"a clone of '{source}' has at least its {base.size} bytes, not {size}")
+            if size % SECTOR_SIZE or not MIN_SIZE <= size <= MAX_SIZE:
+                raise UsageError(
+                    f"a size is a multiple of {SECTOR_SIZE} from {MIN_SIZE} to {MAX_SIZE} bytes, not {size}"
+                )
+            with self._no_space_left("making clones"), self._staging() as staging:
+                for name in names:
+                    self._fs.mkdir(staging / name)
+                    header = Header(
+                        uuid.uuid4().bytes, base.record.id, base.record.fingerprint, size, time.time_ns(), source
+                    )
+                    Delta.create(staging / name / "delta", header, self._fs)
+                    self._fs.sync_directory(staging / name)
+                with self._changing():
+                    self._require_free(names)
+                    # Each is whole and durable already: a power cut in between leaves some of them, and no half one.
+                    for name in names:
+                        self._fs.rename(staging / name, self._clones / name)
+                self._fs.sync_directory(self._clones)
+        return [self._clone_info(name, {base.record.id: source}, {}) for name in names]
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove clones and bases, all or none.
+
+        Raises NotFound; InUse, naming the dependants of a base that are not removed along with it, or the process that
+        has a clone open.
+        """
+        names = list(dict.fromkeys(names))
+        with self._staging() as trash, contextlib.ExitStack() as held:
+            with self._changing():
+                places = [self._place(name) for name in names]
+                self._refuse_dependants(names)
+                for name, place in zip(names, places, strict=True):
+                    self._hold(name, place, held)
+                # Clones before bases: a power cut in between leaves no clone without its base.
+                for name, place in sorted(
+                    zip(names, places, strict=True), key=lambda pair: pair[1].parent == self._bases
+                ):
+                    if place.parent == self._bases:
+                        self._fs.sync_directory(self._clones)
+                    self._fs.rename(place, trash / name)
+            self._fs.sync_directory(self._clones)
+            self._fs.sync_directory(self._bases)
+
+    # Looking
+
+    def names(self) -> list[str]:
+        """The names of all bases and clones, sorted: the exports of a server."""
+        return sorted({*self._names_in(self._bases), *self._names_in(self._clones)})
+
+    def entries(self) -> list[BaseInfo | CloneInfo]:
+        """Every base and clone, sorted by name. One that is damaged is listed with its ``error``."""
+        bases: dict[bytes, str] = {}
+        children: dict[str, list[str]] = {name: [] for name in self._names_in(self._bases)}
+        for name in children:
+            with contextlib.suppress(NBDCloneError):
+                bases[BaseRecord.load(self._bases / name / "base.json").id] = name
+        locks = lock_holders()
+        clones = [self._clone_info(name, bases, locks) for name in sorted(self._names_in(self._clones))]
+        for clone in clones:
+            children.setdefault(clone.parent, []).append(clone.name)
+        infos = [self._base_info(name, tuple(children[name])) for name in self._names_in(self._bases)]
+        return sorted([*infos, *clones], key=lambda info: info.name)
+
+    def info(self, name: str) -> BaseInfo | CloneInfo:
+        """One base or clone. Raises NotFound."""
+        self._place(name)
+        return next(info for info in self.entries() if info.name == name)
+
+    # Opening
+
+    def open_clone(self, name: str) -> Clone:
+        """Open a clone for reading and writing, or a base for reading.
+
+        Raises NotFound, InUse (who has it), BaseChanged (base, clone and difference), CorruptDelta, UnsupportedFormat.
+        """
+        if self._place(name).parent == self._bases:
+            return Clone(name, [self._open_base(name)], self._fs)
+        delta = Delta.open(self._clones / name / "delta", f"clone '{name}'", self._fs)
+        try:
+            base = self._open_parent(name, delta.header)
+        except BaseException:
+            delta.close()
+            raise
+        return Clone(name, [base, delta], self._fs)
+
+    @contextlib.contextmanager
+    def served(self) -> Iterator[None]:
+        """Be the pool's server. Raises InUse that names the one there is."""
+        path = self.path / ".server"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            self._fs.lock(fd, path, f"pool {self.path}")
+            yield
+        finally:
+            os.close(fd)
+
+    def _open_base(self, name: str) -> Image:
+        if not (self._bases / name).is_dir():
+            if (self._clones / name).is_dir():
+                raise UsageError(f"'{name}' is a clone: clones are made from bases")
+            raise NotFound(f"there is no base '{name}' in {self.path}")
+        return Image.open(name, self._bases / name, self._fs)
+
+    def _open_parent(self, clone: str, header: Header) -> Image:
+        parent = self._find_base(header)
+        if parent is None:
+            raise BaseChanged(f"clone '{clone}': its base '{header.parent_name}' ({header.parent_id.hex()}) is missing")
+        try:
+            base = Image.open(parent, self._bases / parent, self._fs)
+        except BaseChanged as error:
+            raise BaseChanged(f"clone '{clone}' is refused: {error}") from None
+        if base.record.fingerprint != header.fingerprint:
+            base.close()
+            raise BaseChanged(
+                f"clone '{clone}' is refused: it was made when base '{parent}' had the fingerprint "
+                f"{header.fingerprint.hex()[:16]}, and the base has {base.record.fingerprint.hex()[:16]} now"
+            )
+        return base
+
+    def _find_base(self, header: Header) -> str | None:
+        """The base of that id: under the name it had when the clone was made, else under any."""
+        for name in [header.parent_name, *self._names_in(self._bases)]:
+            with contextlib.suppress(NBDCloneError):
+                if _NAME.fullmatch(name) and BaseRecord.load(self._bases / name / "base.json").id == header.parent_id:
+                    return name
+        return None
+
+    # The parts of a change
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        with self._fs.exclusively(self.path / ".lock"):
+            yield
+
+    @contextlib.contextmanager
+    def _staging(self) -> Iterator[Path]:
+        """A directory in ``.tmp`` of our own, locked while we live; what is still in it at the end, goes."""
+        self._tmp.mkdir(exist_ok=True)
+        path = self._tmp / uuid.uuid4().hex
+        with self._changing():
+            self._clear_leftovers()
+            self._fs.mkdir(path)
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            yield path
+        finally:
+            self._fs.remove_tree(path, ignore_errors=True)
+            os.close(fd)
+
+    def _clear_leftovers(self) -> None:
+        """Remove what processes that died left in ``.tmp``: what nobody holds a lock on."""
+        for name in os.listdir(self._tmp):
+            path = self._tmp / name
+            with contextlib.suppress(OSError):
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._fs.remove_tree(path, ignore_errors=True)
+                finally:
+                    os.close(fd)
+
+    @contextlib.contextmanager
+    def _no_space_left(self, what: str) -> Iterator[None]:
+        """Say a full disk in a line, with what is free."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            free = os.statvfs(self.path)
+            raise StorageError(
+                f"{what}: no space left in {self.path} ({free.f_bavail * free.f_frsize} bytes free); nothing was made"
+            ) from None
+
+    def _require_free(self, names: Sequence[str]) -> None:
+        for name in names:
+            for directory, kind in ((self._bases, "base"), (self._clones, "clone")):
+                if (directory / name).exists():
+                    raise NameTaken(f"there is a {kind} '{name}' in {self.path} already")
+
+    def _refuse_dependants(self, names: Sequence[str]) -> None:
+        removed = set(names)
+        for info in self.entries():
+            if isinstance(info, BaseInfo) and info.name in removed:
+                dependants = [clone for clone in info.clones if clone not in removed]
+                if dependants:
+                    shown = ", ".join(dependants[:10]) + (
+                        f" and {len(dependants) - 10} more" if len(dependants) > 10 else ""
+                    )
+                    raise InUse(f"base '{info.name}' is needed by {len(dependants)} clone(s): {shown}")
+
+    def _hold(self, name: str, place: Path, held: contextlib.ExitStack) -> None:
+        """Lock what is about to be removed, so that nobody has it open and nobody opens it."""
+        kind, file = ("base", "image") if place.parent == self._bases else ("clone", "delta")
+        try:
+            fd = self._fs.open(place / file, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return  # a damaged one may be removed too
+        held.callback(self._fs.close, fd)
+        self._fs.lock(fd, place / file, f"{kind} '{name}'")
+
+    def _place(self, name: str) -> Path:
+        """The directory of a base or clone. Raises NotFound."""
+        if _NAME.fullmatch(name):
+            for directory in (self._clones, self._bases):
+                if (directory / name).is_dir():
+                    return directory / name
+        raise NotFound(f"there is no base or clone '{name[:100]}' in {self.path}")
+
+    def _names_in(self, directory: Path) -> list[str]:
+        return [name for name in os.listdir(directory) if _NAME.fullmatch(name)]
+
+    def _base_info(self, name: str, clones: tuple[str, ...]) -> BaseInfo:
+        place = self._bases / name
+        try:
+            record = BaseRecord.load(place / "base.json")
+            allocated = os.stat(place / "image").st_blocks * 512
+        except (NBDCloneError, OSError) as error:
+            return BaseInfo(name, "", 0, 0, 0.0, "", "", clones, error=str(error))
+        return BaseInfo(
+            name,
+            record.id.hex(),
+            record.size,
+            allocated,
+            record.created / 1e9,
+            record.fingerprint.hex(),
+            record.source,
+            clones,
+        )
+
+    def _clone_info(self, name: str, bases: dict[bytes, str], locks: dict[tuple[int, int], int]) -> CloneInfo:
+        path = self._clones / name / "delta"
+        try:
+            fd = self._fs.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                header = read_header(fd, str(path), self._fs)
+                status = self._fs.fstat(fd)
+            finally:
+                self._fs.close(fd)
+        except (NBDCloneError, OSError) as error:
+            return CloneInfo(name, "", 0, 0, 0.0, "", error=str(error))
+        parent = bases.get(header.parent_id)
+        holder = locks.get((status.st_dev, status.st_ino))
+        missing = None if parent else f"its base '{header.parent_name}' ({header.parent_id.hex()}) is missing"
+        return CloneInfo(
+            name,
+            header.id.hex(),
+            header.size,
+            status.st_blocks * 512,
+            header.created / 1e9,
+            parent or header.parent_name,
+            describe_process(holder) if holder is not None else None,
+            missing,
+        )
