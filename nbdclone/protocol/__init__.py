@@ -1,0 +1,5 @@
+"""The NBD protocol: bytes in, messages out. Nothing in here touches a socket, a file or a clock.
+
+``wire`` has the numbers and the layouts; ``handshake`` the option haggling of a server, ``client_handshake``
+that of a client; ``transmission`` the requests and replies of both.
+"""

@@ -73,6 +73,11 @@ class Clone:
     def read_only(self) -> bool:
         return self._delta is None
 
+    @property
+    def fast_zero(self) -> bool:
+        """Is making zeros quicker here than writing them?"""
+        return self._delta is not None and self._delta.can_punch
+
     # Reading
 
     def pread(self, length: int, offset: int) -> bytes:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import struct
 import threading
@@ -210,6 +211,11 @@ class Delta:
     def close(self) -> None:
         """Close the file and let go of the lock. What was not flushed is not made durable."""
         self._fs.close(self.fd)
+
+    @functools.cached_property
+    def can_punch(self) -> bool:
+        """Can this file system make holes? Tried on a place of the metadata that is always a hole."""
+        return self._fs.can_punch(self.fd, MAP_SLOTS[0] + PAGE_SIZE, PAGE_SIZE)
 
     # The map
 

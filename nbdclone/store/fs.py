@@ -74,6 +74,14 @@ class FileSystem:
                 raise
             self._write_zeros(fd, offset, length)
 
+    def can_punch(self, fd: int, offset: int, length: int) -> bool:
+        """Can this file system make holes? Tried on the range, which must be a hole already."""
+        try:
+            _fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+        except OSError:
+            return False
+        return True
+
     def zero_allocated(self, fd: int, offset: int, length: int) -> None:
         """Make the range read as zeros and keep (or take) the space for it."""
         try:

@@ -1,0 +1,5 @@
+"""``python -m nbdclone``."""
+
+from nbdclone.cli import main
+
+main()

@@ -1,0 +1,342 @@
+"""The command line: parse, call, print, exit status.
+
+What a user did wrong, or what is wrong with the files, is one line on stderr and exit status 1; a command that cannot
+be understood exits 2. What takes time to import is imported where it is used, so that ``ls`` does not wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import re
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nbdclone import __version__
+from nbdclone.errors import NBDCloneError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from nbdclone.server.server import Server
+    from nbdclone.store.pool import BaseInfo, CloneInfo, Pool
+
+app = typer.Typer(
+    name="nbdclone",
+    help="Linked clones of disk images, served over NBD.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+# Two descriptors for each open clone and one for each connection; the usual soft limit is 1,024.
+WANTED_FILES = 65536
+_SIZE = re.compile(r"(\d+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class _State:
+    """What was said before the verb."""
+
+    pool_path = Path()
+
+
+def default_pool(environment: dict[str, str], user: int) -> Path:
+    """Where the pool is when nobody says: $NBDCLONE_POOL, root's in /var/lib, anyone else's own."""
+    if given := environment.get("NBDCLONE_POOL"):
+        return Path(given)
+    if user == 0:
+        return Path("/var/lib/nbdclone")
+    data = environment.get("XDG_DATA_HOME") or Path(environment.get("HOME", "~")).expanduser() / ".local/share"
+    return Path(data) / "nbdclone"
+
+
+def parse_size(text: str) -> int:
+    """``20G``, ``512M``, ``4096``: bytes, with powers of 1024."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is no size: give bytes, or a number with K, M, G or T")
+    return int(match[1]) << (10 * " KMGT".index(match[2].upper() or " "))
+
+
+def show_size(size: int) -> str:
+    """A size for a person: three digits or so, and the unit."""
+    value = float(size)
+    for unit in _UNITS:
+        if value < 1024 or unit == _UNITS[-1]:
+            break
+        value /= 1024
+    return f"{size} B" if unit == "B" else f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"nbdclone {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    pool: Annotated[
+        Path | None,
+        typer.Option("--pool", metavar="DIR", help="The pool (default: $NBDCLONE_POOL, or the user's own)."),
+    ] = None,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Linked clones of disk images, served over NBD."""
+    _State.pool_path = pool or default_pool(dict(os.environ), os.geteuid())
+
+
+def _pool(*, create: bool = False) -> Pool:
+    from nbdclone.store.pool import Pool
+
+    return Pool.open(_State.pool_path, create=create)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="raw, qcow2, vmdk, vhdx, vdi, or a block device")],
+    name: Annotated[str | None, typer.Option("--name", help="Default: the file's name.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Import it although it seems truncated.")] = False,
+) -> None:
+    """Make a base from an image file."""
+    with _progress(f"importing {file.name}") as progress:
+        info = _pool(create=True).import_base(file, name, force=force, progress=progress)
+    print(f"base '{info.name}': {show_size(info.size)}, {show_size(info.allocated)} on disk")
+
+
+@app.command()
+def clone(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A base.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="The clones to make.")],
+    size: Annotated[
+        int | None, typer.Option("--size", parser=parse_size, metavar="SIZE", help="Larger than the source.")
+    ] = None,
+) -> None:
+    """Make one or more clones of a base."""
+    made = _pool().create_clones(source, names, size=size)
+    if len(made) == 1:
+        print(f"clone '{made[0].name}' of '{source}': {show_size(made[0].size)}")
+    else:
+        print(f"{len(made)} clones of '{source}': {show_size(made[0].size)} each")
+
+
+@app.command()
+def rm(names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Clones and bases.")]) -> None:
+    """Remove clones and bases. A base that clones need stays; the error names them."""
+    _pool().remove(names)
+
+
+@app.command()
+def ls(as_json: Json = False) -> None:
+    """List bases and clones."""
+    entries = _pool().entries()
+    if as_json:
+        _print_json([_as_dict(entry) for entry in entries])
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("NAME", "KIND", "PARENT", "SIZE", "ON DISK", "CREATED", "STATE"):
+        table.add_column(title, justify="right" if title in ("SIZE", "ON DISK") else "left", no_wrap=True)
+    for entry in entries:
+        table.add_row(
+            entry.name,
+            _kind(entry),
+            getattr(entry, "parent", "-"),
+            show_size(entry.size),
+            show_size(entry.allocated),
+            _when(entry.created),
+            _state(entry),
+        )
+    _print_table(table)
+
+
+@app.command()
+def tree(as_json: Json = False) -> None:
+    """Draw bases with their clones."""
+    from nbdclone.store.pool import BaseInfo, CloneInfo
+
+    entries = _pool().entries()
+    bases = [entry for entry in entries if isinstance(entry, BaseInfo)]
+    clones = [entry for entry in entries if isinstance(entry, CloneInfo)]
+    orphans = [clone for clone in clones if clone.parent not in {base.name for base in bases}]
+    if as_json:
+        nested = [_as_dict(base) | {"clones": [_as_dict(c) for c in clones if c.parent == base.name]} for base in bases]
+        _print_json(nested + [_as_dict(orphan) for orphan in orphans])
+        return
+    for base in bases:
+        print(_line(base))
+        children = [clone for clone in clones if clone.parent == base.name]
+        for child in children:
+            print(f"{'└' if child is children[-1] else '├'}── {_line(child)}")
+    for orphan in orphans:
+        print(_line(orphan))
+
+
+@app.command()
+def info(name: str, as_json: Json = False) -> None:
+    """Say all that is known of a base or clone."""
+    entry = _pool().info(name)
+    if as_json:
+        _print_json(_as_dict(entry))
+        return
+    shown = _as_dict(entry) | {
+        "size": f"{show_size(entry.size)} ({entry.size} bytes)",
+        "allocated": f"{show_size(entry.allocated)} ({entry.allocated} bytes)",
+        "created": _when(entry.created),
+    }
+    if "clones" in shown:
+        shown["clones"] = ", ".join(shown["clones"]) or None
+    width = max(map(len, shown)) + 2
+    for key, value in shown.items():
+        if value is not None:
+            print(f"{key.replace('_', ' ') + ':':{width}}{value}")
+
+
+@app.command()
+def serve(
+    listen: Annotated[
+        list[str] | None,
+        typer.Option("--listen", metavar="HOST:PORT", help="Default: 127.0.0.1:10809. Port 0: a free one. Repeatable."),
+    ] = None,
+    socket: Annotated[
+        list[Path] | None, typer.Option("--socket", metavar="PATH", help="A Unix socket. Repeatable.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
+) -> None:
+    """Serve every clone, and every base read-only, until told to stop (SIGTERM)."""
+    import uvloop
+
+    from nbdclone.server.listen import parse_address
+
+    logging.basicConfig(format="nbdclone: %(message)s", level=logging.DEBUG if verbose else logging.WARNING)
+    addresses = [parse_address(text) for text in listen or ([] if socket else ["127.0.0.1"])]
+    _raise_file_limit()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(_pool(create=True), addresses, socket or []))
+
+
+async def _serve(pool: Pool, addresses: Sequence[tuple[str, int]], sockets: Sequence[Path]) -> None:
+    from nbdclone.server.notify import sd_notify
+    from nbdclone.server.server import Server
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    server: Server
+    async with Server(pool, listen=addresses, sockets=sockets) as server:
+        print("nbdclone ready on", *server.uris, flush=True)
+        sd_notify("READY=1")
+        await stop.wait()
+        sd_notify("STOPPING=1")
+
+
+@app.command()
+def demo(
+    directory: Annotated[
+        Path | None, typer.Option("--dir", metavar="DIR", help="Where to leave the pool (default: a new directory).")
+    ] = None,
+) -> None:
+    """Show the whole story in a minute, on a pool of its own."""
+    from nbdclone.demo import run
+
+    run(directory)
+
+
+def _raise_file_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
+    if soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on a terminal; nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_table(table: Table) -> None:
+    from rich.console import Console
+
+    # In a pipe there is no width to fit into: nothing is cut off.
+    Console(width=None if sys.stdout.isatty() else 400, highlight=False).print(table)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _kind(entry: BaseInfo | CloneInfo) -> str:
+    return "clone" if hasattr(entry, "parent") else "base"
+
+
+def _as_dict(entry: BaseInfo | CloneInfo) -> dict[str, Any]:
+    return {"kind": _kind(entry)} | asdict(entry)
+
+
+def _state(entry: BaseInfo | CloneInfo) -> str:
+    if entry.error:
+        return entry.error
+    if holder := getattr(entry, "in_use_by", None):
+        return f"open in {holder}"
+    clones = getattr(entry, "clones", ())
+    return f"{len(clones)} clone{'' if len(clones) == 1 else 's'}" if _kind(entry) == "base" else ""
+
+
+def _line(entry: BaseInfo | CloneInfo) -> str:
+    state = f"  ({entry.error})" if entry.error else ""
+    return f"{entry.name}  {show_size(entry.size)}, {show_size(entry.allocated)} on disk{state}"
+
+
+def _when(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M") if seconds else "-"
+
+
+def main() -> None:
+    """The program. Exits 0, 1 with a line on stderr, or 2 for wrong usage."""
+    # An import that is told to stop cleans up on its way out, as it does at Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        app()
+    except NBDCloneError as error:
+        _fail(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{os.strerror(error.errno) if error.errno else error}")
+
+
+def _fail(message: str) -> None:
+    print(f"nbdclone: {message}", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,364 @@
+"""The handshake, on the client's side: questions are asked one at a time, and each is answered by an event.
+
+The same shape as the server's side in ``handshake``: bytes in, events out, messages to send.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from struct import Struct
+from typing import Any, Final
+
+from nbdclone.errors import LocalProtocolError, RemoteProtocolError
+from nbdclone.protocol import wire
+from nbdclone.protocol.handshake import HANDSHAKE_FLAGS, Aborted, Negotiated, OptionError, parse_name
+from nbdclone.protocol.wire import (
+    CLIENT_FLAGS,
+    EXPORT_NAME_REPLY,
+    GREETING,
+    INFO_COUNT,
+    INFO_TYPE,
+    OPTION,
+    OPTION_REPLY,
+    STRING_LENGTH,
+    ExportInfo,
+    HandshakeFlag,
+    Info,
+    Option,
+    OptionReply,
+    encode_string,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The server's greeting has been answered: ask with ``list_exports``, ``info``, ``go`` or ``abort``."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportList:
+    """Answer to ``list_exports``: (name, description) of each."""
+
+    exports: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportDescribed:
+    """Answer to ``info``."""
+
+    info: ExportInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Answer to ``go``: the transmission begins."""
+
+    negotiated: Negotiated
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The server refused an option: ``code`` is its NBD_REP_ERR_*. Something else may be asked."""
+
+    option: int
+    code: int
+    message: str
+
+
+ClientEvent = Ready | ExportList | ExportDescribed | Opened | Refused | Aborted
+
+
+@dataclass(slots=True)
+class _Asked:
+    """An option on its way, and what its replies have told so far."""
+
+    option: int
+    name: str = ""
+    listed: list[tuple[str, str]] = field(default_factory=list)
+    listed_bytes: int = 0
+    size_and_flags: tuple[int, int] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def info(self) -> ExportInfo:
+        if self.size_and_flags is None:
+            raise RemoteProtocolError("the server agreed to an export without telling its size")
+        size, flags = self.size_and_flags
+        fields = {"name": self.name} | self.details
+        return ExportInfo(size=size, flags=flags, **fields)
+
+
+class ClientHandshake:
+    """The client's side of one handshake: one question at a time, each answered by one event.
+
+    Structured replies are asked for before ``Ready``. ``go`` falls back to NBD_OPT_EXPORT_NAME, to which
+    a server that has no such export answers by closing the connection.
+    """
+
+    def __init__(self) -> None:
+        self.finished: Negotiated | None = None
+        self.closed = False
+        self.structured_replies = False
+        self._received = bytearray()
+        self._outgoing: list[bytes] = []
+        self._server_flags: int | None = None
+        self._asked: _Asked | None = None
+        self._events: deque[ClientEvent] = deque()
+
+    def data_to_send(self) -> list[bytes]:
+        """The messages to send now, and forget them."""
+        outgoing, self._outgoing = self._outgoing, []
+        return outgoing
+
+    def receive_data(self, data: bytes | bytearray | memoryview) -> None:
+        """Take what the server sent. Call ``next_event`` after it, until it returns None."""
+        if not self.closed:
+            self._received += data
+
+    def trailing_data(self) -> bytes:
+        """The bytes behind the server's last reply, which belong to the transmission, and forget them."""
+        if self.finished is None:
+            raise LocalProtocolError("the handshake has not finished")
+        trailing = bytes(self._received)
+        self._received.clear()
+        return trailing
+
+    def next_event(self) -> ClientEvent | None:
+        """What the server answered; None if that takes more bytes, or nothing was asked.
+
+        Raises:
+            RemoteProtocolError: the server broke the protocol, or does not speak it.
+        """
+        try:
+            while not self._events and not self.closed and self.finished is None and self._take_message():
+                pass
+        except RemoteProtocolError:
+            self.closed = True
+            raise
+        return self._events.popleft() if self._events else None
+
+    # What the client asks
+
+    def list_exports(self) -> None:
+        """Ask for the names of all exports. Answer: ``ExportList`` or ``Refused``."""
+        self._ask(_Asked(Option.LIST))
+
+    def info(self, name: str) -> None:
+        """Ask about an export. Answer: ``ExportDescribed`` or ``Refused``."""
+        self._ask(_Asked(Option.INFO, name), _export_request(name))
+
+    def go(self, name: str) -> None:
+        """Ask to use an export. Answer: ``Opened`` or ``Refused``, or the connection's end."""
+        data = _export_request(name)
+        if self._fixed_newstyle:
+            self._ask(_Asked(Option.GO, name), data)
+        else:
+            self._ask(_Asked(Option.EXPORT_NAME, name), name.encode())
+
+    def abort(self) -> None:
+        """End the handshake in peace. Answer: ``Aborted``, or the connection's end."""
+        self._ask(_Asked(Option.ABORT))
+
+    @property
+    def _fixed_newstyle(self) -> bool:
+        return bool((self._server_flags or 0) & HandshakeFlag.FIXED_NEWSTYLE)
+
+    def _ask(self, asked: _Asked, data: bytes = b"") -> None:
+        if self._server_flags is None or self._asked or self._events or self.closed or self.finished:
+            raise LocalProtocolError("the handshake is over, or waits for the server's answer")
+        if asked.option == Option.EXPORT_NAME or self._fixed_newstyle:
+            self._send_option(asked, data)
+        else:
+            message = "the server knows only NBD_OPT_EXPORT_NAME"
+            self._events.append(Refused(asked.option, OptionReply.ERR_UNSUP, message))
+
+    def _send_option(self, asked: _Asked, data: bytes = b"") -> None:
+        self._asked = asked
+        self._outgoing.append(OPTION.pack(wire.IHAVEOPT, asked.option, len(data)) + data)
+
+    # What the server sends
+
+    def _take_message(self) -> bool:
+        """Handle one message of the server's; False if it is not all there."""
+        if self._server_flags is None:
+            return self._take_greeting()
+        if self._asked is None:
+            if self._received:
+                raise RemoteProtocolError("the server speaks without having been asked")
+            return False
+        if self._asked.option == Option.EXPORT_NAME:
+            return self._take_export_name_reply(self._asked)
+        return self._take_option_reply(self._asked)
+
+    def _take_greeting(self) -> bool:
+        if len(self._received) < GREETING.size:
+            return False
+        password, magic, flags = GREETING.unpack_from(self._received)
+        if password != wire.INIT_PASSWD:
+            raise RemoteProtocolError("this is not an NBD server")
+        if magic == wire.CLISERV_MAGIC:
+            raise RemoteProtocolError("the server speaks the oldstyle negotiation, which is not supported")
+        if magic != wire.IHAVEOPT:
+            raise RemoteProtocolError(f"an unknown greeting, 0x{magic:016x}")
+        del self._received[: GREETING.size]
+        self._server_flags = flags & HANDSHAKE_FLAGS
+        self._outgoing.append(CLIENT_FLAGS.pack(self._server_flags))
+        if self._fixed_newstyle:
+            self._send_option(_Asked(Option.STRUCTURED_REPLY))
+        else:
+            self._events.append(Ready())
+        return True
+
+    def _take_export_name_reply(self, asked: _Asked) -> bool:
+        no_zeroes = (self._server_flags or 0) & HandshakeFlag.NO_ZEROES
+        end = EXPORT_NAME_REPLY.size + (0 if no_zeroes else wire.EXPORT_NAME_PADDING)
+        if len(self._received) < end:
+            return False
+        asked.size_and_flags = EXPORT_NAME_REPLY.unpack_from(self._received)
+        del self._received[:end]
+        self._finish(asked)
+        return True
+
+    def _take_option_reply(self, asked: _Asked) -> bool:
+        if len(self._received) < OPTION_REPLY.size:
+            return False
+        magic, option, reply, length = OPTION_REPLY.unpack_from(self._received)
+        if magic != wire.REPLY_MAGIC:
+            raise RemoteProtocolError(f"an option reply starts with 0x{magic:x}, not with its magic number")
+        if option != asked.option:
+            raise RemoteProtocolError(f"option {asked.option} was asked, and {option} is answered")
+        if length > wire.MAX_REPLY_LENGTH:
+            raise RemoteProtocolError(f"an option reply of {length} bytes: limit {wire.MAX_REPLY_LENGTH}")
+        end = OPTION_REPLY.size + length
+        if len(self._received) < end:
+            return False
+        payload = bytes(self._received[OPTION_REPLY.size : end])
+        del self._received[:end]
+        if reply & wire.OPTION_REPLY_ERROR:
+            self._on_error(asked, reply, payload)
+        else:
+            handler = _CLIENT_REPLIES.get((asked.option, reply))
+            if handler is None:
+                raise RemoteProtocolError(f"option {option} is answered by reply type {reply}")
+            handler(self, asked, payload)
+        return True
+
+    def _on_error(self, asked: _Asked, reply: int, payload: bytes) -> None:
+        self._asked = None
+        if asked.option == Option.STRUCTURED_REPLY:
+            self._events.append(Ready())
+        elif asked.option == Option.GO and reply == OptionReply.ERR_UNSUP:
+            self._send_option(_Asked(Option.EXPORT_NAME, asked.name), asked.name.encode())
+        else:
+            self._events.append(Refused(asked.option, reply, _text(payload)))
+
+    def _on_structured_reply(self, _asked: _Asked, payload: bytes) -> None:
+        self.structured_replies = True
+        self._answer(Ready(), payload)
+
+    def _on_aborted(self, _asked: _Asked, payload: bytes) -> None:
+        self._answer(Aborted(), payload)
+        self.closed = True
+
+    def _on_server(self, asked: _Asked, payload: bytes) -> None:
+        asked.listed_bytes += OPTION_REPLY.size + len(payload)
+        if asked.listed_bytes > wire.MAX_LIST_LENGTH:
+            raise RemoteProtocolError(f"a list of exports of more than {wire.MAX_LIST_LENGTH} bytes")
+        if len(payload) < STRING_LENGTH.size:
+            raise RemoteProtocolError("a listed export without a name")
+        (name_length,) = STRING_LENGTH.unpack_from(payload)
+        name, description = (
+            payload[STRING_LENGTH.size :][:name_length],
+            payload[STRING_LENGTH.size + name_length :],
+        )
+        if len(name) < name_length:
+            raise RemoteProtocolError(f"a listed name of {name_length} bytes in a reply of {len(payload)}")
+        asked.listed.append((_remote_name(name), _text(description)))
+
+    def _on_listed(self, asked: _Asked, payload: bytes) -> None:
+        self._answer(ExportList(tuple(asked.listed)), payload)
+
+    def _on_info(self, asked: _Asked, payload: bytes) -> None:
+        if len(payload) < INFO_TYPE.size:
+            raise RemoteProtocolError("information about an export without its type")
+        (info,) = INFO_TYPE.unpack_from(payload)
+        text = payload[INFO_TYPE.size :]
+        if info == Info.EXPORT:
+            _type, *size_and_flags = _unpack_info(wire.INFO_EXPORT, payload)
+            asked.size_and_flags = (size_and_flags[0], size_and_flags[1])
+        elif info == Info.BLOCK_SIZE:
+            asked.details |= _block_sizes(payload)
+        elif info == Info.NAME:
+            asked.details["name"] = _remote_name(text)
+        elif info == Info.DESCRIPTION:
+            asked.details["description"] = _text(text)
+
+    def _on_described(self, asked: _Asked, payload: bytes) -> None:
+        self._answer(ExportDescribed(asked.info()), payload)
+
+    def _on_gone(self, asked: _Asked, payload: bytes) -> None:
+        _refuse_payload(payload)
+        self._finish(asked)
+
+    def _answer(self, event: ClientEvent, payload: bytes) -> None:
+        _refuse_payload(payload)
+        self._asked = None
+        self._events.append(event)
+
+    def _finish(self, asked: _Asked) -> None:
+        self._asked = None
+        self.finished = Negotiated(asked.info(), self.structured_replies)
+        self._events.append(Opened(self.finished))
+
+
+_CLIENT_REPLIES: Final[dict[tuple[int, int], Callable[[ClientHandshake, _Asked, bytes], None]]] = {
+    (Option.STRUCTURED_REPLY, OptionReply.ACK): ClientHandshake._on_structured_reply,
+    (Option.ABORT, OptionReply.ACK): ClientHandshake._on_aborted,
+    (Option.LIST, OptionReply.SERVER): ClientHandshake._on_server,
+    (Option.LIST, OptionReply.ACK): ClientHandshake._on_listed,
+    (Option.INFO, OptionReply.INFO): ClientHandshake._on_info,
+    (Option.INFO, OptionReply.ACK): ClientHandshake._on_described,
+    (Option.GO, OptionReply.INFO): ClientHandshake._on_info,
+    (Option.GO, OptionReply.ACK): ClientHandshake._on_gone,
+}
+
+_WANTED_INFOS: Final = (Info.NAME, Info.DESCRIPTION, Info.BLOCK_SIZE)
+
+
+def _export_request(name: str) -> bytes:
+    """The data of NBD_OPT_INFO and NBD_OPT_GO; the inverse of what the server's side parses."""
+    encoded = encode_string(name, wire.MAX_NAME_LENGTH)
+    infos = b"".join(INFO_TYPE.pack(info) for info in _WANTED_INFOS)
+    return STRING_LENGTH.pack(len(encoded)) + encoded + INFO_COUNT.pack(len(_WANTED_INFOS)) + infos
+
+
+def _refuse_payload(payload: bytes) -> None:
+    if payload:
+        raise RemoteProtocolError(f"NBD_REP_ACK with {len(payload)} bytes of data")
+
+
+def _unpack_info(layout: Struct, payload: bytes) -> tuple[Any, ...]:
+    if len(payload) != layout.size:
+        raise RemoteProtocolError(f"export information of {len(payload)} bytes instead of {layout.size}")
+    return layout.unpack(payload)
+
+
+def _block_sizes(payload: bytes) -> dict[str, int]:
+    _type, minimum, preferred, maximum = _unpack_info(wire.INFO_BLOCK_SIZE, payload)
+    powers_of_two = minimum.bit_count() == preferred.bit_count() == 1
+    if not (powers_of_two and minimum <= wire.MAX_MINIMUM_BLOCK and minimum <= preferred <= maximum):
+        raise RemoteProtocolError(f"impossible block sizes: {minimum}, {preferred}, {maximum}")
+    return {"minimum_block": minimum, "preferred_block": preferred, "maximum_payload": maximum}
+
+
+def _remote_name(name: bytes) -> str:
+    try:
+        return parse_name(name)
+    except OptionError as error:
+        raise RemoteProtocolError(error.message) from None
+
+
+def _text(payload: bytes) -> str:
+    """A text for a person: what is wrong with it is replaced, what is too long is cut."""
+    return payload[: wire.MAX_STRING_LENGTH].decode("utf-8", "replace")

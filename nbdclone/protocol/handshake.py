@@ -1,0 +1,372 @@
+"""The handshake ("fixed newstyle negotiation"): option haggling, on the server's side.
+
+``receive_data`` takes bytes as they come, ``next_event`` says what they mean, methods answer,
+``data_to_send`` gives the bytes to send, one object for each message. The peer's faults are raised by
+``receive_data`` and ``next_event``, and close the handshake. ``client_handshake`` is the other side, alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Final
+
+from nbdclone.errors import LocalProtocolError, RemoteProtocolError
+from nbdclone.protocol import wire
+from nbdclone.protocol.wire import (
+    CLIENT_FLAGS,
+    EXPORT_NAME_REPLY,
+    GREETING,
+    INFO_COUNT,
+    INFO_TYPE,
+    OPTION,
+    OPTION_REPLY,
+    STRING_LENGTH,
+    ExportInfo,
+    HandshakeFlag,
+    Info,
+    Option,
+    OptionReply,
+    encode_string,
+    encode_text,
+)
+
+HANDSHAKE_FLAGS: Final = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
+
+
+class Purpose(Enum):
+    """Why a client names an export."""
+
+    EXPORT_NAME = Option.EXPORT_NAME  # to use it; a refusal can only be to close
+    INFO = Option.INFO  # to know about it
+    GO = Option.GO  # to use it
+
+
+@dataclass(frozen=True, slots=True)
+class ListExports:
+    """The client asks for the names of all exports. Answer: ``send_list``."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenExport:
+    """The client names an export; "" is the default one. Answer: ``accept_export`` or ``refuse_export``."""
+
+    name: str
+    purpose: Purpose
+    wants_description: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Aborted:
+    """The client ended the negotiation. Nothing is to be answered; send what there is, and close."""
+
+
+Event = ListExports | OpenExport | Aborted
+
+
+@dataclass(frozen=True, slots=True)
+class Negotiated:
+    """What was agreed: ``export.flags`` are the transmission flags as the client was told them."""
+
+    export: ExportInfo
+    structured_replies: bool
+
+
+class OptionError(Exception):
+    """An option that cannot be granted: a reply of this type, and haggling goes on."""
+
+    def __init__(self, reply: int, message: str) -> None:
+        super().__init__(message)
+        self.reply = reply
+        self.message = message
+
+
+class ServerHandshake:
+    """The server's side of one handshake.
+
+    While an event waits for its answer ``next_event`` returns None. The handshake is over when
+    ``finished`` is set (the transmission starts with ``trailing_data``) or ``closed`` is true (send what
+    ``data_to_send`` still gives, then close the connection).
+    """
+
+    def __init__(self) -> None:
+        self.finished: Negotiated | None = None
+        self.closed = False
+        self.structured_replies = False
+        self._received = bytearray()
+        self._outgoing = [GREETING.pack(wire.INIT_PASSWD, wire.IHAVEOPT, HANDSHAKE_FLAGS)]
+        self._client_flags: int | None = None
+        self._option_count = 0
+        self._unanswered: Event | None = None
+        self._requested_infos: frozenset[int] = frozenset()
+
+    def data_to_send(self) -> list[bytes]:
+        """The messages to send now, and forget them; the first call gives the greeting.
+
+        Each is to be written by itself: nbd-client takes an option's reply to be what one read() gives.
+        """
+        outgoing, self._outgoing = self._outgoing, []
+        return outgoing
+
+    def receive_data(self, data: bytes | bytearray | memoryview) -> None:
+        """Take what the client sent. Call ``next_event`` after it.
+
+        Raises:
+            RemoteProtocolError: the client sends on and on without waiting for an answer.
+            LocalProtocolError: the handshake has finished; this belongs to the transmission.
+        """
+        if self.closed:
+            return
+        if self.finished is not None:
+            raise LocalProtocolError("the handshake has finished: these bytes belong to the transmission")
+        if len(self._received) + len(data) > wire.MAX_PIPELINED:
+            self.closed = True
+            raise RemoteProtocolError(f"more than {wire.MAX_PIPELINED} bytes were sent ahead of their answers")
+        self._received += data
+
+    def trailing_data(self) -> bytes:
+        """The bytes behind the last option, which belong to the transmission, and forget them."""
+        if self.finished is None:
+            raise LocalProtocolError("the handshake has not finished")
+        trailing = bytes(self._received)
+        self._received.clear()
+        return trailing
+
+    def next_event(self) -> Event | None:
+        """What the client wants next; None if that takes more bytes, or an answer, or will never be.
+
+        Raises:
+            RemoteProtocolError: the client broke the protocol in a way that no reply can mend.
+        """
+        if self.closed or self.finished is not None or self._unanswered is not None:
+            return None
+        try:
+            if self._client_flags is None and not self._take_client_flags():
+                return None
+            while (taken := self._take_option()) is not None:
+                event = self._handle(*taken)
+                if event is not None:
+                    return event
+        except RemoteProtocolError:
+            self.closed = True
+            raise
+        return None
+
+    # What the client sends
+
+    def _take_client_flags(self) -> bool:
+        if len(self._received) < CLIENT_FLAGS.size:
+            return False
+        (flags,) = CLIENT_FLAGS.unpack_from(self._received)
+        del self._received[: CLIENT_FLAGS.size]
+        if flags & ~HANDSHAKE_FLAGS:
+            raise RemoteProtocolError(f"unknown client flags 0x{flags:x}")
+        self._client_flags = flags
+        return True
+
+    def _take_option(self) -> tuple[int, bytes] | None:
+        """The next option with all its data, or None while it is not all there."""
+        if len(self._received) < OPTION.size:
+            return None
+        magic, option, length = OPTION.unpack_from(self._received)
+        if magic != wire.IHAVEOPT:
+            raise RemoteProtocolError(f"an option starts with 0x{magic:016x}, not with its magic number")
+        if length > wire.MAX_OPTION_LENGTH:
+            raise RemoteProtocolError(f"option {option} has {length} bytes: limit {wire.MAX_OPTION_LENGTH}")
+        end = OPTION.size + length
+        if len(self._received) < end:
+            return None
+        data = bytes(self._received[OPTION.size : end])
+        del self._received[:end]
+        self._option_count += 1
+        if self._option_count > wire.MAX_OPTIONS:
+            raise RemoteProtocolError(f"more than {wire.MAX_OPTIONS} options")
+        return option, data
+
+    def _handle(self, option: int, data: bytes) -> Event | None:
+        assert self._client_flags is not None
+        if option == Option.EXPORT_NAME:
+            return self._on_export_name(data)
+        if not self._client_flags & HandshakeFlag.FIXED_NEWSTYLE:
+            raise RemoteProtocolError(f"option {option} from a client that does not speak fixed newstyle")
+        handler = _SERVER_OPTIONS.get(option)
+        try:
+            if handler is None:
+                raise OptionError(OptionReply.ERR_UNSUP, f"option {option} is not known here")
+            return handler(self, option, data)
+        except OptionError as error:
+            self._send_error(option, error.reply, error.message)
+            return None
+
+    def _on_export_name(self, data: bytes) -> Event:
+        try:
+            name = parse_name(data)
+        except OptionError as error:
+            raise RemoteProtocolError(error.message) from None
+        self._unanswered = OpenExport(name, Purpose.EXPORT_NAME)
+        return self._unanswered
+
+    def _on_abort(self, option: int, _data: bytes) -> Event:
+        self._send_reply(option, OptionReply.ACK)
+        self.closed = True
+        return Aborted()
+
+    def _on_list(self, _option: int, data: bytes) -> Event:
+        _refuse_data(data)
+        self._unanswered = ListExports()
+        return self._unanswered
+
+    def _on_structured_reply(self, option: int, data: bytes) -> None:
+        _refuse_data(data)
+        self.structured_replies = True
+        self._send_reply(option, OptionReply.ACK)
+
+    def _on_info_or_go(self, option: int, data: bytes) -> Event:
+        name, self._requested_infos = _parse_export_request(data)
+        wants_description = Info.DESCRIPTION in self._requested_infos
+        self._unanswered = OpenExport(name, Purpose(option), wants_description)
+        return self._unanswered
+
+    # What the server answers
+
+    def send_list(self, exports: Iterable[tuple[str, str]]) -> None:
+        """Answer ``ListExports`` with (name, description) of each; long descriptions are cut.
+
+        Raises:
+            LocalProtocolError: nothing was asked, or a name that cannot be sent; then nothing is sent.
+        """
+        if not isinstance(self._unanswered, ListExports):
+            raise LocalProtocolError("the client did not ask for a list")
+        payloads = []
+        for name, description in exports:
+            encoded = encode_string(name, wire.MAX_NAME_LENGTH)
+            text = encode_text(description, wire.MAX_LISTED_LENGTH)
+            payloads.append(STRING_LENGTH.pack(len(encoded)) + encoded + text)
+        for payload in payloads:
+            self._send_reply(Option.LIST, OptionReply.SERVER, payload)
+        self._send_reply(Option.LIST, OptionReply.ACK)
+        self._unanswered = None
+
+    def accept_export(self, info: ExportInfo) -> None:
+        """Answer ``OpenExport``: the export is there. This finishes the handshake, unless INFO asked.
+
+        ``info`` comes without SEND_DF, which follows from structured replies.
+
+        Raises:
+            LocalProtocolError: no export was asked for, or ``info`` cannot be sent; then nothing is sent.
+        """
+        asked = self._asked_export()
+        _check_fields(info)
+        if self.structured_replies:
+            info = replace(info, flags=info.flags | wire.FLAG_SEND_DF)
+        if asked.purpose is Purpose.EXPORT_NAME:
+            self._outgoing.append(self._export_name_reply(info))
+        else:
+            option = asked.purpose.value
+            for payload in self._info_payloads(info):
+                self._send_reply(option, OptionReply.INFO, payload)
+            self._send_reply(option, OptionReply.ACK)
+        self._unanswered = None
+        if asked.purpose is not Purpose.INFO:
+            self.finished = Negotiated(info, self.structured_replies)
+
+    def refuse_export(self, message: str, reply: int = wire.NBD_REP_ERR_UNKNOWN) -> None:
+        """Answer ``OpenExport``: no, because of ``message``. ``reply`` is an NBD_REP_ERR_*.
+
+        If EXPORT_NAME asked there is no way to say so: ``closed`` becomes true. Otherwise haggling goes on.
+
+        Raises:
+            LocalProtocolError: no export was asked for, or ``reply`` is not an error.
+        """
+        asked = self._asked_export()
+        if not reply & wire.OPTION_REPLY_ERROR:
+            raise LocalProtocolError(f"option reply {reply} is not an error")
+        self._unanswered = None
+        if asked.purpose is Purpose.EXPORT_NAME:
+            self.closed = True
+        else:
+            self._send_error(asked.purpose.value, reply, message)
+
+    def _asked_export(self) -> OpenExport:
+        if not isinstance(self._unanswered, OpenExport):
+            raise LocalProtocolError("the client did not ask for an export")
+        return self._unanswered
+
+    def _export_name_reply(self, info: ExportInfo) -> bytes:
+        assert self._client_flags is not None
+        reply = EXPORT_NAME_REPLY.pack(info.size, info.flags)
+        if self._client_flags & HandshakeFlag.NO_ZEROES:
+            return reply
+        return reply + bytes(wire.EXPORT_NAME_PADDING)
+
+    def _info_payloads(self, info: ExportInfo) -> list[bytes]:
+        """NBD_REP_INFO's payloads; block sizes first, since qemu holds the size against them as it comes."""
+        payloads = [
+            wire.INFO_BLOCK_SIZE.pack(Info.BLOCK_SIZE, info.minimum_block, info.preferred_block, info.maximum_payload),
+            wire.INFO_EXPORT.pack(Info.EXPORT, info.size, info.flags),
+        ]
+        if Info.NAME in self._requested_infos:
+            name = encode_string(info.name, wire.MAX_NAME_LENGTH)
+            payloads.append(INFO_TYPE.pack(Info.NAME) + name)
+        if Info.DESCRIPTION in self._requested_infos and info.description:
+            text = encode_text(info.description, wire.MAX_LISTED_LENGTH)
+            payloads.append(INFO_TYPE.pack(Info.DESCRIPTION) + text)
+        return payloads
+
+    def _send_reply(self, option: int, reply: int, payload: bytes = b"") -> None:
+        self._outgoing.append(OPTION_REPLY.pack(wire.REPLY_MAGIC, option, reply, len(payload)) + payload)
+
+    def _send_error(self, option: int, reply: int, message: str) -> None:
+        self._send_reply(option, reply, encode_text(message, wire.MAX_ERROR_MESSAGE))
+
+
+_SERVER_OPTIONS: Final[dict[int, Callable[[ServerHandshake, int, bytes], Event | None]]] = {
+    Option.ABORT: ServerHandshake._on_abort,
+    Option.LIST: ServerHandshake._on_list,
+    Option.INFO: ServerHandshake._on_info_or_go,
+    Option.GO: ServerHandshake._on_info_or_go,
+    Option.STRUCTURED_REPLY: ServerHandshake._on_structured_reply,
+}
+
+
+def _check_fields(info: ExportInfo) -> None:
+    """The numbers in ``info`` must fit their fields."""
+    blocks = (info.minimum_block, info.preferred_block, info.maximum_payload)
+    if not (0 <= info.size < 1 << 64 and 0 <= info.flags < 1 << 16 and 0 < min(blocks) <= max(blocks) < 1 << 32):
+        raise LocalProtocolError(f"{info} does not fit into its fields")
+
+
+def _refuse_data(data: bytes) -> None:
+    if data:
+        raise OptionError(OptionReply.ERR_INVALID, "this option takes no data")
+
+
+def parse_name(data: bytes) -> str:
+    """An export name as it comes over the wire: UTF-8 without NUL, at most ``MAX_NAME_LENGTH`` bytes."""
+    if len(data) > wire.MAX_NAME_LENGTH:
+        message = f"an export name of {len(data)} bytes: the limit is {wire.MAX_NAME_LENGTH}"
+        raise OptionError(OptionReply.ERR_TOO_BIG, message)
+    if b"\0" in data:
+        raise OptionError(OptionReply.ERR_INVALID, "an export name holds a NUL")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise OptionError(OptionReply.ERR_INVALID, "an export name is not UTF-8") from None
+
+
+def _parse_export_request(data: bytes) -> tuple[str, frozenset[int]]:
+    """The data of NBD_OPT_INFO and NBD_OPT_GO: name, information requests. The lengths in it must add up."""
+    fixed = STRING_LENGTH.size + INFO_COUNT.size
+    if len(data) < fixed:
+        raise OptionError(OptionReply.ERR_INVALID, f"{len(data)} bytes of data are too short")
+    (name_length,) = STRING_LENGTH.unpack_from(data)
+    if name_length > len(data) - fixed:
+        raise OptionError(OptionReply.ERR_INVALID, f"a name of {name_length} bytes in {len(data)} bytes of data")
+    name_end = STRING_LENGTH.size + name_length
+    (count,) = INFO_COUNT.unpack_from(data, name_end)
+    infos = data[name_end + INFO_COUNT.size :]
+    if count * INFO_TYPE.size != len(infos):
+        raise OptionError(OptionReply.ERR_INVALID, f"{count} information requests in {len(infos)} bytes")
+    name = parse_name(data[STRING_LENGTH.size : name_end])
+    return name, frozenset(info for (info,) in INFO_TYPE.iter_unpack(infos))

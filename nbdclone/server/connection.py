@@ -1,0 +1,113 @@
+"""One connection from its first byte to its last: the handshake, then a session."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import TYPE_CHECKING
+
+from nbdclone.errors import InvalidName, NBDCloneError, NotFound, RemoteProtocolError
+from nbdclone.protocol.handshake import ListExports, OpenExport, Purpose, ServerHandshake
+from nbdclone.protocol.wire import NBD_REP_ERR_POLICY, NBD_REP_ERR_UNKNOWN, ExportInfo, transmission_flags
+from nbdclone.server.errnos import describe
+from nbdclone.server.export import Export, Exports
+from nbdclone.server.session import Session
+
+if TYPE_CHECKING:
+    from nbdclone.server.server import Server
+
+logger = logging.getLogger("nbdclone")
+
+# How long a client may take over its part of the handshake. Real ones take milliseconds.
+HANDSHAKE_DEADLINE_S = 10.0
+RECEIVE_SIZE = 64 << 10
+
+
+class Connection:
+    """A client's connection; ``serve`` is its whole life, and the task that runs it owns everything in it."""
+
+    def __init__(self, sock: socket.socket, peer: str, exports: Exports, server: Server) -> None:
+        self._sock = sock
+        self._peer = peer
+        self._exports = exports
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+        self._deadline = self._loop.time() + HANDSHAKE_DEADLINE_S
+        self._session: Session | None = None
+        self._export: Export | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def serve(self) -> None:
+        """Serve the client until it goes. Whatever happens stays with this connection."""
+        self._task = asyncio.current_task()
+        try:
+            await self._serve()
+        except (OSError, TimeoutError) as error:
+            logger.debug("%s: handshake ended: %s", self._peer, error or "deadline")
+        except RemoteProtocolError as error:
+            logger.warning("%s: %s", self._peer, error)
+        except Exception:
+            logger.exception("%s: a defect of the server", self._peer)
+        finally:
+            self._sock.close()
+            if self._export is not None:
+                await asyncio.shield(self._exports.release(self._export))
+
+    def drain(self) -> None:
+        """Answer what was asked and end; a handshake ends at once."""
+        if self._session is not None:
+            self._session.drain()
+        elif self._task is not None:
+            self._task.cancel()
+
+    def abandon(self) -> None:
+        """End at once."""
+        if self._session is not None:
+            self._session.abandon()
+
+    async def _serve(self) -> None:
+        handshake = ServerHandshake()
+        while handshake.finished is None:
+            event = handshake.next_event()
+            if isinstance(event, ListExports):
+                handshake.send_list([(name, "") for name in await self._exports.names()])
+            elif isinstance(event, OpenExport):
+                await self._answer(handshake, event)
+            async with asyncio.timeout_at(self._deadline):
+                for message in handshake.data_to_send():
+                    await self._loop.sock_sendall(self._sock, message)
+                if handshake.closed:
+                    return
+                if event is None and handshake.finished is None:
+                    data = await self._loop.sock_recv(self._sock, RECEIVE_SIZE)
+                    if not data:
+                        return
+                    handshake.receive_data(data)
+        assert self._export is not None
+        server = self._server
+        self._session = Session(
+            self._sock, self._peer, self._export, handshake.finished, server.scratch, server.offload, self._loop
+        )
+        await self._session.run(handshake.trailing_data())
+
+    async def _answer(self, handshake: ServerHandshake, event: OpenExport) -> None:
+        """Open the export that the client names; the time that takes is not the client's."""
+        began = self._loop.time()
+        try:
+            if not event.name:
+                raise NotFound("give an export's name: there is no default export")
+            export = await self._exports.acquire(event.name)
+        except (NBDCloneError, OSError) as error:
+            unknown = isinstance(error, (NotFound, InvalidName))
+            if not unknown:
+                logger.error("%s: export '%s' is refused: %s", self._peer, event.name[:100], describe(error))
+            handshake.refuse_export(describe(error), NBD_REP_ERR_UNKNOWN if unknown else NBD_REP_ERR_POLICY)
+        else:
+            self._export = export
+            clone = export.clone
+            handshake.accept_export(ExportInfo(event.name, clone.size, transmission_flags(clone.read_only)))
+            if event.purpose is Purpose.INFO:
+                self._export = None
+                await self._exports.release(export)
+        self._deadline += self._loop.time() - began

@@ -1,0 +1,148 @@
+"""An export: one open clone, shared by all connections to it, and the order in which it is changed.
+
+Reads go on beside everything. Changes that may wait for a disk run in threads, one at a time for each clone, and while
+one is under way or waiting the others queue behind it: that is what lets a warm write run on the event loop without
+ever waiting there for the clone's lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from nbdclone.server.offload import Done, Offload
+from nbdclone.store.clone import Clone
+from nbdclone.store.pool import Pool
+
+logger = logging.getLogger("nbdclone")
+
+# A write that kept the loop longer than this met a disk that cannot follow (the kernel makes a writer wait when too
+# much is dirty). For the next while this clone's writes go through a thread, and wait there for nobody else.
+STALL_S = 0.005
+STALLED_FOR_S = 0.5
+
+
+class Export:
+    """A clone that is open, with its queue of changes and its flushes."""
+
+    def __init__(self, clone: Clone, offload: Offload, loop: asyncio.AbstractEventLoop) -> None:
+        self.clone = clone
+        self.users = 0
+        self.changing = False  # a change runs in a thread, or waits to
+        self._offload = offload
+        self._loop = loop
+        self._changes: deque[tuple[Callable[[], Any], Done]] = deque()
+        self._flush_waiting: list[Done] = []
+        self._flushing = False
+        self._stalled_until = 0.0
+
+    def change(self, work: Callable[[], Any], done: Done) -> None:
+        """Run a change of the clone in a thread, after those before it."""
+        self._changes.append((work, done))
+        if not self.changing:
+            self.changing = True
+            self._next_change()
+
+    def _next_change(self) -> None:
+        work, done = self._changes[0]
+
+        def changed(result: Any, error: BaseException | None) -> None:
+            self._changes.popleft()
+            if self._changes:
+                self._next_change()
+            else:
+                self.changing = False
+            done(result, error)
+
+        self._offload.submit(work, changed)
+
+    def flush(self, done: Done) -> None:
+        """Make durable every write that was acknowledged before this call.
+
+        One sync serves all the flushes that were waiting when it began; those that come meanwhile wait for the next.
+        """
+        self._flush_waiting.append(done)
+        if not self._flushing:
+            self._next_flush()
+
+    def _next_flush(self) -> None:
+        self._flushing = True
+        served, self._flush_waiting = self._flush_waiting, []
+
+        def flushed(result: Any, error: BaseException | None) -> None:
+            self._flushing = False
+            if self._flush_waiting:
+                self._next_flush()
+            for done in served:
+                done(result, error)
+
+        self._offload.submit(self.clone.flush, flushed)
+
+    def note_write_time(self, seconds: float) -> None:
+        """How long a write kept the event loop."""
+        if seconds > STALL_S:
+            self._stalled_until = self._loop.time() + STALLED_FOR_S
+
+    @property
+    def stalled(self) -> bool:
+        """Do writes to this clone make their caller wait at present?"""
+        if self._stalled_until and self._loop.time() >= self._stalled_until:
+            self._stalled_until = 0.0
+        return self._stalled_until > 0.0
+
+
+class Exports:
+    """The exports of a pool: opened when the first connection asks, closed (and flushed) after the last has gone."""
+
+    def __init__(self, pool: Pool, offload: Offload, loop: asyncio.AbstractEventLoop) -> None:
+        self._pool = pool
+        self._offload = offload
+        self._loop = loop
+        self._open: dict[str, Export] = {}
+        # By name, while it is being opened or closed: the lock, and how many hold it or wait for it.
+        self._turns: dict[str, tuple[asyncio.Lock, set[object]]] = {}
+
+    async def acquire(self, name: str) -> Export:
+        """The export of that name, to be given back with :meth:`release`. Raises what ``Pool.open_clone`` raises."""
+        async with self._turn(name):
+            export = self._open.get(name)
+            if export is None:
+                clone = await self._offload.run(lambda: self._pool.open_clone(name), abandoned=Clone.close)
+                export = self._open[name] = Export(clone, self._offload, self._loop)
+            export.users += 1
+            return export
+
+    async def release(self, export: Export) -> None:
+        """Give an export back. The last one's return flushes and closes the clone; a failure of that is logged."""
+        name = export.clone.name
+        async with self._turn(name):
+            export.users -= 1
+            if export.users:
+                return
+            del self._open[name]
+            try:
+                await self._offload.run(export.clone.close)
+            except Exception as error:
+                logger.error("closing '%s': %s", name, error)
+
+    async def names(self) -> list[str]:
+        """The names of all exports there are at this moment."""
+        return await self._offload.run(self._pool.names)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, name: str) -> AsyncIterator[None]:
+        """Be the only one who opens or closes this name."""
+        lock, interested = self._turns.setdefault(name, (asyncio.Lock(), set()))
+        me = object()
+        interested.add(me)
+        try:
+            async with lock:
+                yield
+        finally:
+            interested.discard(me)
+            if not interested:
+                del self._turns[name]

@@ -1,0 +1,90 @@
+"""Threads for what may wait for a disk: cold reads, syncs, holes, opening and closing.
+
+A job is a function; its outcome is handed to a callback on the event loop. No future and no task per job: a job costs
+two queue operations, and the outcomes of all jobs that end while the loop is busy cost it one wake-up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+# As many cold reads go to the disk at once; beyond that, disks that gain from depth gain little, and memory is bounded.
+MAX_THREADS = 16
+
+Done = Callable[[Any, BaseException | None], None]
+
+
+class Offload:
+    """A few threads, started as they are needed. ``close`` waits for the jobs that were given before."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._jobs: SimpleQueue[tuple[Callable[[], Any], Done] | None] = SimpleQueue()
+        self._outcomes: deque[tuple[Done, Any, BaseException | None]] = deque()
+        self._waking = False
+        self._threads: list[threading.Thread] = []
+        self._unfinished = 0
+
+    def submit(self, work: Callable[[], Any], done: Done) -> None:
+        """Run ``work`` in a thread, then ``done(result, error)`` on the loop: one of the two is None."""
+        self._unfinished += 1
+        if self._unfinished > len(self._threads) < MAX_THREADS:
+            thread = threading.Thread(target=self._work, name=f"nbdclone-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._jobs.put((work, done))
+
+    async def run(self, work: Callable[[], T], *, abandoned: Callable[[T], Any] | None = None) -> T:
+        """The same for a coroutine.
+
+        The work is finished even if the one who waits is cancelled; its result then goes to ``abandoned``, in a thread.
+        """
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def done(result: T, error: BaseException | None) -> None:
+            if not future.cancelled():
+                if error is None:
+                    future.set_result(result)
+                else:
+                    future.set_exception(error)
+            elif error is None and abandoned is not None:
+                self.submit(lambda: abandoned(result), lambda _result, _error: None)
+
+        self.submit(work, done)
+        return await future
+
+    def close(self) -> None:
+        """Let the threads finish what they were given, and end them."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            work, done = job
+            outcome: tuple[Done, Any, BaseException | None]
+            try:
+                outcome = (done, work(), None)
+            except BaseException as error:
+                outcome = (done, None, error)
+            self._outcomes.append(outcome)
+            # The loop resets the flag before it looks at the outcomes: what is added after that wakes it again.
+            if not self._waking:
+                self._waking = True
+                self._loop.call_soon_threadsafe(self._deliver)
+            del job, work, done, outcome  # or the buffers in them would live until the next job
+
+    def _deliver(self) -> None:
+        self._waking = False
+        while self._outcomes:
+            done, result, error = self._outcomes.popleft()
+            self._unfinished -= 1
+            done(result, error)

@@ -1,0 +1,146 @@
+"""What goes out on a connection: replies gathered in a shared buffer, sent in one call, kept while the peer is slow."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from collections.abc import Callable
+from mmap import mmap
+
+from nbdclone.protocol.wire import SIMPLE_REPLY, SIMPLE_REPLY_MAGIC
+from nbdclone.server.buffers import BufferPool
+
+# The buffer in which one pass over a connection gathers its replies. All connections share it, one pass at a time.
+GATHER_SIZE = 256 << 10
+
+_pack_simple_reply = SIMPLE_REPLY.pack_into
+_SIMPLE_REPLY_SIZE = SIMPLE_REPLY.size
+
+
+class Gather:
+    """The shared buffer: a connection fills it from 0 and empties it before anybody else runs."""
+
+    def __init__(self) -> None:
+        self.buffer = mmap(-1, GATHER_SIZE)
+        self.view = memoryview(self.buffer)
+
+
+class Output:
+    """The sending side of a connection's socket.
+
+    ``backlog`` counts the bytes that the peer has not taken yet. ``on_room`` is called whenever it took some,
+    ``on_lost`` once when the connection is found broken; from then on everything is swallowed.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        loop: asyncio.AbstractEventLoop,
+        gather: Gather,
+        buffers: BufferPool,
+        on_room: Callable[[], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        self.buffer = gather.buffer
+        self.view = gather.view
+        self.filled = 0
+        self.backlog = 0
+        self._sock = sock
+        self._loop = loop
+        self._buffers = buffers
+        self._on_room = on_room
+        self._on_lost = on_lost
+        self._waiting: deque[tuple[memoryview, mmap | None]] = deque()
+        self._lost = False
+
+    def reserve(self, size: int) -> int:
+        """Where in ``buffer`` the next ``size`` bytes (at most GATHER_SIZE) go; set ``filled`` to their end."""
+        if self.filled + size > GATHER_SIZE:
+            self.push()
+        return self.filled
+
+    def simple_reply(self, cookie: int, error: int) -> None:
+        """Gather a simple reply."""
+        at = self.filled
+        if at + _SIMPLE_REPLY_SIZE > GATHER_SIZE:
+            self.push()
+            at = 0
+        _pack_simple_reply(self.buffer, at, SIMPLE_REPLY_MAGIC, error, cookie)
+        self.filled = at + _SIMPLE_REPLY_SIZE
+
+    def add(self, message: bytes) -> None:
+        """Gather a short message."""
+        at = self.reserve(len(message))
+        self.view[at : at + len(message)] = message
+        self.filled = at + len(message)
+
+    def push(self) -> None:
+        """Send what was gathered. What the socket does not take now, is copied and waits."""
+        filled = self.filled
+        if not filled:
+            return
+        self.filled = 0
+        sent = 0 if self._waiting else self._send(self.view[:filled])
+        if sent < filled and not self._lost:
+            self._wait(memoryview(bytes(self.view[sent:filled])), None)
+
+    def send_owned(self, view: memoryview, buffer: mmap) -> None:
+        """Send ``view``, which lies in ``buffer``, without copying it; the buffer goes back to the pool afterwards."""
+        self.push()
+        sent = 0 if self._waiting else self._send(view)
+        if sent == len(view) or self._lost:
+            self._buffers.give(buffer)
+        else:
+            self._wait(view[sent:], buffer)
+
+    def close(self) -> None:
+        """Drop what waits."""
+        self._lose()
+
+    def _send(self, view: memoryview) -> int:
+        if self._lost:
+            return 0
+        try:
+            return self._sock.send(view)
+        except (BlockingIOError, InterruptedError):
+            return 0
+        except OSError:
+            self._lose()
+            self._on_lost()
+            return 0
+
+    def _wait(self, view: memoryview, buffer: mmap | None) -> None:
+        if not self._waiting:
+            self._loop.add_writer(self._sock.fileno(), self._on_writable)
+        self._waiting.append((view, buffer))
+        self.backlog += len(view)
+
+    def _on_writable(self) -> None:
+        while self._waiting:
+            view, buffer = self._waiting[0]
+            sent = self._send(view)
+            if self._lost:
+                return
+            self.backlog -= sent
+            if sent < len(view):
+                self._waiting[0] = (view[sent:], buffer)
+                self._on_room()
+                return
+            self._waiting.popleft()
+            if buffer is not None:
+                self._buffers.give(buffer)
+        self._loop.remove_writer(self._sock.fileno())
+        self._on_room()
+
+    def _lose(self) -> None:
+        if self._lost:
+            return
+        self._lost = True
+        if self._waiting:
+            self._loop.remove_writer(self._sock.fileno())
+        for _view, buffer in self._waiting:
+            if buffer is not None:
+                self._buffers.give(buffer)
+        self._waiting.clear()
+        self.backlog = 0
