@@ -1,3 +1,41 @@
-"""nbdclone: linked clones of disk images, served over NBD."""
+"""nbdclone: linked clones of disk images, served over NBD.
+
+Pool, Clone     the store: import bases, make clones, read and write them
+Server, serve   the NBD server over a pool
+Client          an asyncio NBD client
+NBDCloneError   the root of all errors; the others are in ``nbdclone.errors``
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from nbdclone.errors import NBDCloneError
+
+if TYPE_CHECKING:
+    from nbdclone.client import Client
+    from nbdclone.server.server import Server, serve
+    from nbdclone.store.clone import Clone
+    from nbdclone.store.pool import BaseInfo, CloneInfo, Pool
 
 __version__ = "0.1.0"
+
+__all__ = ["BaseInfo", "Client", "Clone", "CloneInfo", "NBDCloneError", "Pool", "Server", "serve"]
+
+# Loaded at first use: who wants the client does not wait for the store, and the command line waits for neither.
+_HOMES = {
+    "BaseInfo": "nbdclone.store.pool",
+    "Client": "nbdclone.client",
+    "Clone": "nbdclone.store.clone",
+    "CloneInfo": "nbdclone.store.pool",
+    "Pool": "nbdclone.store.pool",
+    "Server": "nbdclone.server.server",
+    "serve": "nbdclone.server.server",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,56 @@
+# make demo     a virtual environment, and the demo in it
+# make test     the same, the Debian packages that the integration tests need, then everything that is checked
+# make help     the rest
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test lint types unit integration bench format clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p; s/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "nbdclone needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+		|| { echo "python3-venv is missing (Debian: apt install python3-venv)" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## show what it does, in a minute
+	$(BIN)/nbdclone demo
+
+test: $(STAMP) packages lint types unit integration ## everything that CI checks
+
+packages: $(STAMP)
+	@missing="$$($(BIN)/python -m integration.packages)"; \
+	if [ -z "$$missing" ]; then :; \
+	elif [ "$$(id -u)" = 0 ]; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing; \
+	else echo "for all of the integration tests: sudo apt-get install --no-install-recommends $$missing"; fi
+
+lint: $(STAMP) ## ruff, check and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy --strict
+	$(BIN)/mypy
+
+unit: $(STAMP) ## the tests of the modules
+	$(BIN)/pytest tests
+
+integration: $(STAMP) ## the tests with other people's programs
+	$(BIN)/pytest integration
+
+bench: $(STAMP) ## nbdclone beside other servers; docs/benchmarks.md says how to read it
+	$(BIN)/python -m integration.bench
+
+format: $(STAMP) ## ruff, put right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## all that was made here
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
