@@ -409,7 +409,7 @@ async def _connect(
     except BaseException as error:
         await connection.drop()
         if isinstance(error, OSError) and not isinstance(error, NBDCloneError):
-            raise ConnectionFailed(f"{uri}: {error or f'no answer within {timeout} s'}") from error
+            raise ConnectionFailed(f"{uri}: {str(error) or f'no answer within {timeout} s'}") from error
         raise
 
 

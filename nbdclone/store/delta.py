@@ -210,6 +210,11 @@ class Delta:
 
     def close(self) -> None:
         """Close the file and let go of the lock. What was not flushed is not made durable."""
+        if self._failure:
+            # What a failed sync could not write stays in the page cache as if it had been written: the next to open
+            # the delta would read it, flush without an error, and lose it later. Dropped, it is read from the disk.
+            with contextlib.suppress(OSError):
+                self._fs.fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         self._fs.close(self.fd)
 
     @functools.cached_property
