@@ -1,0 +1,84 @@
+"""The documents say what the code does: the tables of the format, the examples of the API."""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nbdclone.store import delta
+from nbdclone.store.layer import BITMAP_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def table_after(heading: str) -> list[tuple[int, int, str]]:
+    """The rows (offset, length, text) of the first table after a heading of format.md."""
+    text = (DOCS / "format.md").read_text().split(f"{heading}\n", 1)[1]
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (.+?) \|$", text.split("\n#", 1)[0], re.MULTILINE)
+    return [(int(offset), int(length), what) for offset, length, what in rows]
+
+
+def field_places(layout: struct.Struct) -> list[tuple[int, int]]:
+    """(offset, length) of each field of a struct without padding."""
+    places = []
+    offset = 0
+    for field in re.findall(r"\d*[sIQH]", layout.format.lstrip(">")):
+        length = struct.calcsize(">" + field)
+        places.append((offset, length))
+        offset += length
+    return places
+
+
+def test_the_segment_is_laid_out_as_documented() -> None:
+    rows = table_after("## The delta")
+    slots = {offset for offset, length, _ in rows if length == delta.PAGE_SIZE}
+    assert slots == {*delta.HEADER_SLOTS, *delta.MAP_SLOTS}
+    assert rows[-1][:2] == (delta.METADATA_SIZE, SEGMENT_SIZE)
+
+
+def test_the_header_is_laid_out_as_documented() -> None:
+    *fields, checksum = table_after("### Header")
+    assert [place[:2] for place in fields] == field_places(delta.HEADER)
+    assert checksum[:2] == (delta.PAGE_SIZE - delta.CHECKSUM.size, delta.CHECKSUM.size)
+
+
+def test_the_map_page_is_laid_out_as_documented() -> None:
+    *fields, bitmap = table_after("### Map page")
+    assert [place[:2] for place in fields] == field_places(delta.MAP_PAGE)
+    assert bitmap[:2] == (delta.MAP_PAGE.size, BITMAP_SIZE)
+    assert f"{BLOCKS_PER_SEGMENT:,} blocks" in (DOCS / "format.md").read_text()
+
+
+@pytest.mark.parametrize("size", [4096, SEGMENT_SIZE, SEGMENT_SIZE + 1, 5 * SEGMENT_SIZE + 512])
+def test_the_documented_arithmetic_is_that_of_the_code(size: int) -> None:
+    last = size - 1
+    documented = last + (last // 133169152 + 1) * 1048576
+    assert documented < delta.file_size(size) <= documented + 4096
+
+
+def test_the_examples_of_the_api_run(tmp_path: Path) -> None:
+    with open(tmp_path / "disk.img", "wb") as image:
+        image.truncate(8 << 20)
+    examples = re.findall(r"```python\n(.*?)```", (DOCS / "api.md").read_text(), re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_documented_and_there() -> None:
+    import nbdclone
+
+    documented = (DOCS / "api.md").read_text()
+    for name in nbdclone.__all__:
+        assert getattr(nbdclone, name).__name__ == name
+        assert name in documented
+    with pytest.raises(AttributeError):
+        _ = nbdclone.nonsense  # type: ignore[attr-defined]
