@@ -48,7 +48,7 @@ _Result = TypeVar("_Result")
 _Event = TypeVar("_Event", ExportList, ExportDescribed, Opened, Ready)
 
 
-class ConnectionFailed(NBDCloneError, ConnectionError):  # noqa: N818 - named like the rest of the tree
+class ConnectionFailed(NBDCloneError, ConnectionError):
     """The connection could not be made, or was lost; what was in flight may or may not have been done."""
 
 

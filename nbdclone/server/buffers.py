@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from mmap import mmap
 
+PAGE = 4096
 # Below this a copy is cheap enough to go through the buffers that all connections share.
 MIN_BUFFER = 64 << 10
 # Buffers that wait for their next use, in bytes. Enough for a dozen busy connections; the rest goes back to the system.

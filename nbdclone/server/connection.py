@@ -44,15 +44,18 @@ class Connection:
         try:
             await self._serve()
         except (OSError, TimeoutError) as error:
-            logger.debug("%s: handshake ended: %s", self._peer, error or "deadline")
+            logger.debug("%s: handshake ended: %s", self._peer, str(error) or "deadline")
         except RemoteProtocolError as error:
             logger.warning("%s: %s", self._peer, error)
         except Exception:
             logger.exception("%s: a defect of the server", self._peer)
         finally:
-            self._sock.close()
-            if self._export is not None:
-                await asyncio.shield(self._exports.release(self._export))
+            # The export first: a client that sees its connection closed may count on the clone being free.
+            try:
+                if self._export is not None:
+                    await asyncio.shield(self._exports.release(self._export))
+            finally:
+                self._sock.close()
 
     def drain(self) -> None:
         """Answer what was asked and end; a handshake ends at once."""
@@ -89,7 +92,7 @@ class Connection:
         self._session = Session(
             self._sock, self._peer, self._export, handshake.finished, server.scratch, server.offload, self._loop
         )
-        await self._session.run(handshake.trailing_data())
+        await self._session.serve(handshake.trailing_data())
 
     async def _answer(self, handshake: ServerHandshake, event: OpenExport) -> None:
         """Open the export that the client names; the time that takes is not the client's."""

@@ -54,6 +54,11 @@ class Output:
         self._waiting: deque[tuple[memoryview, mmap | None]] = deque()
         self._lost = False
 
+    @property
+    def pieces(self) -> int:
+        """In how many pieces the backlog is kept."""
+        return len(self._waiting)
+
     def reserve(self, size: int) -> int:
         """Where in ``buffer`` the next ``size`` bytes (at most GATHER_SIZE) go; set ``filled`` to their end."""
         if self.filled + size > GATHER_SIZE:

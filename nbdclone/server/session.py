@@ -4,9 +4,9 @@ When the socket is readable, all that it holds is received into a buffer that al
 in it is run, and the replies go out in one call. A request that can be answered from memory costs no task, no future
 and no allocation that grows; what would wait for a disk goes to a thread, and its reply is sent when it is done.
 
-What bounds the memory of a connection: a read starts only while less than ``MAX_UNSENT`` bytes of replies are unsent
-or being read (one read more, at the most); writes that wait for a thread hold at most ``MAX_HELD_WRITES`` bytes (one
-payload more); requests that wait are at most ``MAX_WAITING``. Beyond that no more is received until there is less.
+What bounds the memory of a connection: a read starts only while less than ``MAX_UNSENT`` bytes of replies are unsent or
+being read (one read more, at the most), and waits otherwise; nothing more is received while one of the limits below is
+reached. Receiving goes on until then, since a client may send a write before it reads what it asked for.
 """
 
 from __future__ import annotations
@@ -23,13 +23,10 @@ from typing import Any
 from nbdclone.errors import NBDCloneError, RemoteProtocolError
 from nbdclone.protocol.handshake import Negotiated
 from nbdclone.protocol.transmission import (
-    REQUEST_SIZE,
     Request,
     error_chunk,
-    parse_requests,
     read_chunk_header,
     request_error,
-    request_size,
 )
 from nbdclone.protocol.wire import (
     CMD_CACHE,
@@ -48,35 +45,30 @@ from nbdclone.protocol.wire import (
     READ_CHUNK,
     REPLY_FLAG_DONE,
     REPLY_TYPE_OFFSET_DATA,
-    REQUEST,
     SIMPLE_REPLY,
     SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY_MAGIC,
 )
-from nbdclone.server.buffers import BufferPool
+from nbdclone.server.buffers import PAGE, BufferPool
 from nbdclone.server.errnos import describe, nbd_errno
 from nbdclone.server.export import Export
+from nbdclone.server.input import Input, ReceiveBuffer
 from nbdclone.server.offload import Offload
 from nbdclone.server.output import Gather, Output
 
 logger = logging.getLogger("nbdclone")
 
-PAGE = 4096
-# The shared receiving buffer. A Unix socket hands over about 200 KiB at once, a TCP socket more when it lags behind.
-RECEIVE_SIZE = 1 << 20
-# The first request is put so that what follows its header starts on a page: a payload there is copied at full speed.
-RECEIVE_AT = PAGE - REQUEST_SIZE
-# A write of this size gets a buffer of its own and is received straight into it; a smaller one is run where it is.
-DIRECT_WRITE = 32 << 10
 # A read of more than this gets a buffer of its own, page-aligned and sent from where it is; less is gathered.
 GATHERED_READ = 64 << 10
 # More than this is copied in a thread: a millisecond of copying on the loop is a millisecond for everybody.
 MAX_INLINE = 1 << 20
-# How often one wake-up receives, for the sake of the other connections, while a payload is not complete.
-MAX_RECEIVES = 16
 MAX_UNSENT = 8 << 20
-MAX_HELD_WRITES = 16 << 20
-MAX_WAITING = 1024
+# When no more is received. Each may be passed by what one receive brings: 256 KiB of requests, or one payload.
+MAX_HELD_WRITES = 16 << 20  # bytes of payload that wait for threads
+MAX_IN_FLIGHT = 1024  # requests that threads work on or will: the kernel's client has 128 at most
+MAX_WAITING = 1024  # reads that wait for room
+MAX_BACKLOG = 12 << 20  # bytes of replies that the client does not take: more than reads alone can make it
+MAX_PIECES = 4096  # the same, in pieces: each has its own small cost
 # A full disk fails thousands of requests a second; the log says it once in this time for each connection.
 LOG_INTERVAL_S = 5.0
 
@@ -85,22 +77,9 @@ class Scratch:
     """What all connections of an event loop share, one pass at a time."""
 
     def __init__(self) -> None:
-        self.received = mmap(-1, RECEIVE_SIZE)
-        self.received_view = memoryview(self.received)
+        self.received = ReceiveBuffer()
         self.gather = Gather()
         self.buffers = BufferPool()
-
-
-class _Payload:
-    """A large write while it is being received: ``got`` of ``view`` is there."""
-
-    __slots__ = ("buffer", "got", "request", "view")
-
-    def __init__(self, request: Request, buffer: mmap, length: int) -> None:
-        self.request = request
-        self.buffer = buffer
-        self.view = memoryview(buffer)[:length]
-        self.got = 0
 
 
 class Session:
@@ -116,37 +95,32 @@ class Session:
         offload: Offload,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        self._sock = sock
         self._peer = peer
         self._export = export
         self._clone = export.clone
         self._info = negotiated.export
         self._structured = negotiated.structured_replies
         self._read_header = READ_CHUNK.size if self._structured else SIMPLE_REPLY.size
-        self._scratch = scratch
         self._buffers = scratch.buffers
         self._offload = offload
         self._loop = loop
+        self._input = Input(sock, loop, scratch.received, scratch.buffers, self, self._on_readable)
         self._output = Output(sock, loop, scratch.gather, scratch.buffers, self._on_room, self._lose)
-        self._carry = b""  # the beginning of a request that is not all there
-        self._payload: _Payload | None = None
-        self._waiting: deque[Request] = deque()  # reads, until there is room for their replies
+        self._waiting: deque[tuple[int, int, int]] = deque()  # reads (cookie, offset, length), until there is room
         self._in_flight = 0  # requests that threads work on
         self._reading = 0  # bytes that threads read
         self._held_writes = 0  # bytes of payload that threads write, or will
-        self._receiving = False
         self._draining = False  # no more requests: answer those there are, and end
         self._lost = False
         self._quiet_until = 0.0
         self._over: asyncio.Future[None] = loop.create_future()
 
-    async def run(self, trailing: bytes) -> None:
+    async def serve(self, trailing: bytes) -> None:
         """Serve until the connection ends and no thread works for it. ``trailing`` came with the handshake."""
         try:
             self._resume()
             if trailing:
-                self._carry = trailing
-                self._guarded(self._take_carry)
+                self._guarded(lambda: self._input.feed(trailing))
             await asyncio.shield(self._over)
         finally:
             self._lose()
@@ -157,17 +131,15 @@ class Session:
     def drain(self) -> None:
         """Take no more requests; answer those that were taken, then end. What comes later is for a new connection."""
         self._draining = True
-        self._stop_receiving()
+        self._input.stop()
         self._check_over()
 
     def abandon(self) -> None:
         """End now, whatever is unanswered."""
         self._lose()
 
-    # Receiving
-
     def _on_readable(self) -> None:
-        self._guarded(self._receive)
+        self._guarded(self._input.receive)
 
     def _guarded(self, step: Callable[[], None]) -> None:
         """Run a step of the loop; whatever goes wrong ends this connection and no other."""
@@ -184,116 +156,47 @@ class Session:
             logger.exception("%s: '%s': a defect of the server", self._peer, self._clone.name)
             self._lose()
 
-    def _receive(self) -> None:
-        for _ in range(MAX_RECEIVES):
-            if self._payload is not None:
-                if not self._receive_payload(self._payload):
-                    return
-            elif not self._receive_requests():
-                return
-            if not self._receiving:
-                return
-
-    def _receive_requests(self) -> bool:
-        """Receive into the shared buffer and run what came. False if the socket holds no more for now."""
-        view = self._scratch.received_view
-        start = RECEIVE_AT
-        if carry := self._carry:
-            start += len(carry)
-            view[RECEIVE_AT:start] = carry
-        try:
-            count = self._sock.recv_into(view[start:])
-        except (BlockingIOError, InterruptedError):
-            return False
-        if not count:
-            self.drain()
-            return False
-        self._carry = b""
-        self._take(start + count)
-        return self._payload is not None
-
-    def _take_carry(self) -> None:
-        """Run what came along with the handshake."""
-        carry, self._carry = self._carry, b""
-        for at in range(0, len(carry), RECEIVE_SIZE // 2):
-            piece = self._carry + carry[at : at + RECEIVE_SIZE // 2]
-            self._scratch.received_view[RECEIVE_AT : RECEIVE_AT + len(piece)] = piece
-            self._carry = b""
-            self._take(RECEIVE_AT + len(piece))
-
-    def _take(self, end: int) -> None:
-        """Run every whole request in the shared buffer up to ``end``, and keep the rest."""
-        received = self._scratch.received
-        requests: list[Request] = []
-        try:
-            position = parse_requests(received, RECEIVE_AT, end, requests)
-        finally:
-            if requests:
-                self._run(requests)
-                self._output.push()
-        if self._draining:
-            self._check_over()
-            return
-        if position < end:
-            rest = self._scratch.received_view[position:end]
-            size = request_size(received, position, end)
-            if size >= DIRECT_WRITE:
-                self._begin_payload(rest, size - REQUEST_SIZE)
-            else:
-                self._carry = bytes(rest)
-
-    def _begin_payload(self, rest: memoryview, length: int) -> None:
-        _magic, flags, command, cookie, offset, _length = REQUEST.unpack_from(rest)
-        payload = _Payload((flags, command, cookie, offset, length, 0), self._buffers.take(length), length)
-        payload.got = len(rest) - REQUEST_SIZE
-        payload.view[: payload.got] = rest[REQUEST_SIZE:]
-        self._payload = payload
-
-    def _receive_payload(self, payload: _Payload) -> bool:
-        """Receive more of a large write, and run it when it is whole. False if the socket holds no more for now."""
-        try:
-            count = self._sock.recv_into(payload.view[payload.got :])
-        except (BlockingIOError, InterruptedError):
-            return False
-        if not count:
-            self.drain()
-            return False
-        payload.got += count
-        if payload.got == len(payload.view):
-            self._payload = None
-            flags, command, cookie, offset, length, _ = payload.request
-            if error := request_error(self._info, self._structured, flags, command, offset, length):
-                self._reply(cookie, error)
-                self._buffers.give(payload.buffer)
-            else:
-                self._write(flags, cookie, offset, payload.view, payload.buffer)
-            self._output.push()
-        return True
-
     # Running
 
-    def _run(self, requests: list[Request]) -> None:
-        view = self._scratch.received_view
+    def run(self, requests: list[Request], buffer: memoryview) -> None:
+        """Run requests, and send the replies of those that need not wait."""
         info, structured = self._info, self._structured
-        for request in requests:
+        for flags, command, cookie, offset, length, payload in requests:
             if self._lost:
                 return
-            flags, command, cookie, offset, length, payload = request
             if error := request_error(info, structured, flags, command, offset, length):
                 self._reply(cookie, error)
             elif command == CMD_READ:
                 if self._waiting or self._output.backlog + self._reading >= MAX_UNSENT:
-                    self._wait(request)
+                    self._waiting.append((cookie, offset, length))
                 else:
                     self._read(cookie, offset, length)
             elif command == CMD_WRITE:
-                self._write(flags, cookie, offset, view[payload : payload + length], None)
+                self._write(flags, cookie, offset, buffer[payload : payload + length], None)
             elif command == CMD_DISC:
                 self._draining = True
-                self._stop_receiving()
-                return
+                self._input.stop()
+                break
             else:
                 self._run_other(flags, command, cookie, offset, length)
+        self._finish_pass()
+
+    def run_write(self, request: Request, payload: memoryview, buffer: mmap) -> None:
+        """Run a write that has a buffer of its own."""
+        flags, command, cookie, offset, length, _ = request
+        if error := request_error(self._info, self._structured, flags, command, offset, length):
+            self._buffers.give(buffer)
+            self._reply(cookie, error)
+        else:
+            self._write(flags, cookie, offset, payload, buffer)
+        self._finish_pass()
+
+    def _finish_pass(self) -> None:
+        self._output.push()
+        if self._full():
+            self._input.stop()
+        if self._draining:
+            self._check_over()
 
     def _run_other(self, flags: int, command: int, cookie: int, offset: int, length: int) -> None:
         clone = self._clone
@@ -433,8 +336,6 @@ class Session:
             finish(result, error)
 
         self._export.change(lambda: clone.write(kept, offset), done)
-        if self._held_writes >= MAX_HELD_WRITES:
-            self._stop_receiving()
 
     def _give_back(self, buffer: mmap | None) -> None:
         if buffer is not None:
@@ -475,10 +376,15 @@ class Session:
 
     # Room
 
-    def _wait(self, request: Request) -> None:
-        self._waiting.append(request)
-        if len(self._waiting) >= MAX_WAITING:
-            self._stop_receiving()
+    def _full(self) -> bool:
+        """Has the client asked for as much as is kept for it at once?"""
+        return (
+            self._held_writes >= MAX_HELD_WRITES
+            or self._in_flight >= MAX_IN_FLIGHT
+            or len(self._waiting) >= MAX_WAITING
+            or self._output.backlog >= MAX_BACKLOG
+            or self._output.pieces >= MAX_PIECES
+        )
 
     def _on_room(self) -> None:
         self._guarded(self._resume)
@@ -486,31 +392,17 @@ class Session:
     def _resume(self) -> None:
         """Go on with what waited for room, as far as there is some."""
         while self._waiting and self._output.backlog + self._reading < MAX_UNSENT and not self._lost:
-            _flags, _command, cookie, offset, length, _ = self._waiting.popleft()
-            self._read(cookie, offset, length)
+            self._read(*self._waiting.popleft())
         self._output.push()
-        if (
-            not (self._receiving or self._draining or self._lost)
-            and len(self._waiting) <= MAX_WAITING // 2
-            and self._held_writes < MAX_HELD_WRITES
-        ):
-            self._receiving = True
-            self._loop.add_reader(self._sock.fileno(), self._on_readable)
+        if not (self._draining or self._lost or self._full()):
+            self._input.start()
         self._check_over()
-
-    def _stop_receiving(self) -> None:
-        if self._receiving:
-            self._receiving = False
-            self._loop.remove_reader(self._sock.fileno())
 
     def _lose(self) -> None:
         """The connection is gone. Threads that work for it are waited for; nobody hears of what they did."""
         self._lost = True
-        self._stop_receiving()
         self._waiting.clear()
-        if self._payload is not None:
-            self._buffers.give(self._payload.buffer)
-            self._payload = None
+        self._input.close()
         self._output.close()
         self._check_over()
 
