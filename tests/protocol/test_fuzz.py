@@ -1,0 +1,273 @@
+"""Any fragmentation gives the same events, and garbage gives nothing but RemoteProtocolError."""
+
+from __future__ import annotations
+
+import wirebytes as w
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbdclone.errors import RemoteProtocolError
+from nbdclone.protocol import wire
+from nbdclone.protocol.client_handshake import ClientHandshake, ExportDescribed, ExportList, Ready, Refused
+from nbdclone.protocol.handshake import ListExports, OpenExport, ServerHandshake
+from nbdclone.protocol.transmission import ClientTransmission, Completed, Request, parse_requests, request_error
+from nbdclone.protocol.wire import ExportInfo, transmission_flags
+
+INFO = ExportInfo("web1", 1 << 20, transmission_flags(False), "a disk")
+cuts = st.lists(st.integers(0, 2000), max_size=30)
+
+# The server's handshake
+
+options = st.one_of(
+    st.builds(w.option, st.integers(0, 12), st.binary(max_size=40)),
+    st.just(w.option(w.LIST)),
+    st.just(w.option(w.STRUCTURED_REPLY)),
+    st.builds(
+        lambda number, name, infos: w.option(number, w.export_request(name, *infos)),
+        st.sampled_from([w.INFO, w.GO]),
+        st.sampled_from([b"web1", b"nobody", b"", b"\xff", b"x" * 5000]),
+        st.lists(st.integers(0, 5), max_size=5),
+    ),
+    st.builds(w.option, st.just(w.EXPORT_NAME), st.sampled_from([b"web1", b"nobody", b"a\0b"])),
+)
+client_streams = st.builds(
+    lambda flags, parts, tail: w.client_flags(flags) + b"".join(parts) + tail,
+    st.sampled_from([0, 1, 2, 3, 3, 3, 3, 4]),
+    st.lists(options, max_size=8),
+    st.one_of(st.just(b""), st.binary(max_size=60)),
+)
+
+
+def serve(pieces: list[bytes]) -> tuple[list[object], bytes]:
+    """All that a server makes of the pieces: its events, its end, and what it sent."""
+    server = ServerHandshake()
+    seen: list[object] = []
+    rest = b""
+    try:
+        for index, piece in enumerate(pieces):
+            server.receive_data(piece)
+            while (event := server.next_event()) is not None:
+                seen.append(event)
+                answer(server, event)
+            if server.finished:
+                rest = server.trailing_data() + b"".join(pieces[index + 1 :])
+                break
+    except RemoteProtocolError as error:
+        seen.append(str(error))
+        assert server.closed
+    return [*seen, server.finished, server.closed, rest], b"".join(server.data_to_send())
+
+
+def answer(server: ServerHandshake, event: object) -> None:
+    match event:
+        case ListExports():
+            server.send_list([("web1", "a disk")])
+        case OpenExport("web1"):
+            server.accept_export(INFO)
+        case OpenExport():
+            server.refuse_export("no")
+
+
+@given(client_streams, cuts)
+def test_a_server_sees_the_same_options_in_any_fragmentation(stream: bytes, cuts: list[int]) -> None:
+    whole = serve([stream])
+    assert serve(list(w.in_pieces(stream, cuts))) == whole
+    assert serve([bytes([byte]) for byte in stream]) == whole
+
+
+@given(st.lists(st.binary(max_size=200), max_size=20))
+def test_garbage_to_a_server_raises_nothing_but_the_peers_fault(pieces: list[bytes]) -> None:
+    serve([w.client_flags(), *pieces])
+    serve(pieces)
+
+
+# The client's handshake
+
+replies = st.one_of(
+    st.builds(
+        w.option_reply, st.sampled_from([3, 6, 7, 8]), st.sampled_from([1, 2, 3, 4, w.UNSUP]), st.binary(max_size=30)
+    ),
+    st.just(w.option_reply(w.STRUCTURED_REPLY, w.ACK)),
+    st.just(w.option_reply(w.LIST, w.SERVER, w.listed(b"web1", b"a disk")) + w.option_reply(w.LIST, w.ACK)),
+    st.just(w.option_reply(w.GO, w.UNSUP)),
+    *(
+        st.just(
+            w.option_reply(number, w.REP_INFO, w.info_block_size(1, 4096, 1 << 25))
+            + w.option_reply(number, w.REP_INFO, w.info_export(1 << 20, 3))
+            + w.option_reply(number, w.ACK)
+        )
+        for number in (w.INFO, w.GO)
+    ),
+)
+honest_start = w.greeting() + w.option_reply(w.STRUCTURED_REPLY, w.ACK)
+server_streams = st.builds(
+    lambda start, parts, tail: start + b"".join(parts) + tail,
+    st.sampled_from([honest_start, honest_start, honest_start, w.greeting(0), b""]),
+    st.lists(replies, max_size=6),
+    st.binary(max_size=40),
+)
+
+
+def haggle(pieces: list[bytes]) -> tuple[list[object], bytes]:
+    """All that a client makes of the pieces, which asks for a list, then about an export, then to use it."""
+    client = ClientHandshake()
+    seen: list[object] = []
+    rest = b""
+    try:
+        for index, piece in enumerate(pieces):
+            client.receive_data(piece)
+            while (event := client.next_event()) is not None:
+                seen.append(event)
+                match event:
+                    case Ready():
+                        client.list_exports()
+                    case ExportList() | Refused(w.LIST):
+                        client.info("web1")
+                    case ExportDescribed() | Refused(w.INFO):
+                        client.go("web1")
+            if client.finished:
+                rest = client.trailing_data() + b"".join(pieces[index + 1 :])
+                break
+    except RemoteProtocolError as error:
+        seen.append(str(error))
+        assert client.closed
+    return [*seen, client.finished, client.closed, rest], b"".join(client.data_to_send())
+
+
+@given(server_streams, cuts)
+def test_a_client_sees_the_same_answers_in_any_fragmentation(stream: bytes, cuts: list[int]) -> None:
+    whole = haggle([stream])
+    assert haggle(list(w.in_pieces(stream, cuts))) == whole
+    assert haggle([bytes([byte]) for byte in stream]) == whole
+
+
+@given(st.lists(st.binary(max_size=200), max_size=20))
+def test_garbage_to_a_client_in_its_handshake_raises_nothing_but_the_peers_fault(pieces: list[bytes]) -> None:
+    haggle(pieces)
+    haggle([honest_start, *pieces])
+
+
+# Requests
+
+requests = st.one_of(
+    st.builds(
+        lambda flags, offset, payload: w.request(w.WRITE, offset, len(payload), flags=flags, payload=payload),
+        st.integers(0, 0xFFFF),
+        st.integers(0, (1 << 64) - 1),
+        st.binary(max_size=100),
+    ),
+    st.builds(
+        lambda flags, command, offset, length: w.request(command, offset, length, flags=flags),
+        st.integers(0, 0xFFFF),
+        st.integers(0, 0xFFFF).filter(lambda command: command != w.WRITE),
+        st.integers(0, (1 << 64) - 1),
+        st.integers(0, (1 << 32) - 1),
+    ),
+)
+request_streams = st.builds(
+    lambda parts, tail: b"".join(parts) + tail, st.lists(requests, max_size=8), st.binary(max_size=60)
+)
+
+
+def parse(pieces: list[bytes]) -> tuple[list[tuple[tuple[int, ...], bytes]], object]:
+    """The requests with their payloads, and the error or the bytes left."""
+    buffer = bytearray()
+    taken: list[tuple[tuple[int, ...], bytes]] = []
+    for piece in pieces:
+        buffer += piece
+        parsed: list[Request] = []
+        failure = None
+        position = 0
+        try:
+            position = parse_requests(buffer, 0, len(buffer), parsed)
+        except RemoteProtocolError as error:
+            failure = str(error)
+        for flags, command, cookie, offset, length, payload_start in parsed:
+            payload = bytes(buffer[payload_start : payload_start + length]) if command == w.WRITE else b""
+            taken.append(((flags, command, cookie, offset, length), payload))
+        if failure:
+            return taken, failure
+        del buffer[:position]
+    return taken, bytes(buffer)
+
+
+@given(request_streams, cuts)
+def test_requests_are_the_same_in_any_fragmentation(stream: bytes, cuts: list[int]) -> None:
+    whole = parse([stream])
+    assert parse(list(w.in_pieces(stream, cuts))) == whole
+    assert parse([bytes([byte]) for byte in stream]) == whole
+
+
+@given(
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 0xFFFF),
+    st.integers(0, 9),
+    st.one_of(st.integers(0, 1 << 21), st.integers(0, (1 << 64) - 1)),
+    st.one_of(st.integers(0, 1 << 21), st.integers(0, (1 << 32) - 1)),
+)
+def test_a_request_that_may_be_run_stays_within_the_export(
+    read_only: bool, structured: bool, flags: int, command: int, offset: int, length: int
+) -> None:
+    info = ExportInfo("web1", 1 << 20, transmission_flags(read_only))
+    error = request_error(info, structured, flags, command, offset, length)
+    assert error in {0, 1, 22, 28, 75}
+    if error or command == w.DISC:
+        return
+    assert command <= w.WRITE_ZEROES
+    assert not flags & ~(w.FUA | w.NO_HOLE | w.DF | w.FAST_ZERO)
+    assert not read_only or command in (w.READ, w.CACHE, w.FLUSH)
+    assert offset + length <= info.size
+    assert length > 0 or command == w.FLUSH
+    assert length <= wire.MAX_PAYLOAD
+
+
+# Replies
+
+chunks = st.one_of(
+    st.builds(w.simple, st.integers(1, 4), st.sampled_from([0, 0, 5])),
+    st.builds(w.data_chunk, st.integers(1, 4), st.integers(98, 110), st.binary(max_size=9), flags=st.integers(0, 1)),
+    st.builds(w.hole_chunk, st.integers(1, 4), st.integers(98, 110), st.integers(0, 9), flags=st.integers(0, 1)),
+    st.builds(
+        w.error_chunk, st.integers(1, 4), st.sampled_from([0, 5]), st.binary(max_size=9), flags=st.integers(0, 1)
+    ),
+    st.builds(w.error_offset_chunk, st.integers(1, 4), st.just(5), st.integers(98, 110), flags=st.integers(0, 1)),
+    st.builds(w.chunk, st.integers(0, 6), st.integers(1, 4), st.binary(max_size=20), flags=st.integers(0, 1)),
+    st.sampled_from(
+        [w.data_chunk(1, 100, b"abcd"), w.data_chunk(2, 104, b"efgh"), w.simple(3), w.simple(1, 0, b"abcd")]
+    ),
+)
+reply_streams = st.builds(
+    lambda parts, tail: b"".join(parts) + tail, st.lists(chunks, max_size=8), st.binary(max_size=40)
+)
+
+
+def take(pieces: list[bytes], structured: bool) -> list[object]:
+    """All that a client makes of the pieces, which has two reads, a write and a flush in flight."""
+    client = ClientTransmission(structured)
+    client.send_request(w.READ, 0, 100, 4)
+    client.send_request(w.READ, 0, 104, 4)
+    client.send_request(w.WRITE, 0, 100, 4, b"data")
+    client.send_request(w.FLUSH, 0, 0, 0)
+    completed: list[Completed] = []
+    failure = None
+    try:
+        for piece in pieces:
+            client.receive_data(piece, completed)
+    except RemoteProtocolError as error:
+        failure = str(error)
+    for answer in completed:
+        assert answer.data is None or len(answer.data) == 4
+    return [*completed, failure]
+
+
+@given(reply_streams, cuts, st.booleans())
+def test_replies_are_the_same_in_any_fragmentation(stream: bytes, cuts: list[int], structured: bool) -> None:
+    whole = take([stream], structured)
+    assert take(list(w.in_pieces(stream, cuts)), structured) == whole
+    assert take([bytes([byte]) for byte in stream], structured) == whole
+
+
+@given(st.lists(st.binary(max_size=200), max_size=20), st.booleans())
+def test_garbage_to_a_client_raises_nothing_but_the_peers_fault(pieces: list[bytes], structured: bool) -> None:
+    take(pieces, structured)

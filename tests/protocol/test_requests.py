@@ -1,0 +1,250 @@
+"""Requests as a server parses and judges them, and the replies that it builds."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import replace
+
+import pytest
+import wirebytes as w
+
+from nbdclone.errors import RemoteProtocolError
+from nbdclone.protocol import transmission, wire
+from nbdclone.protocol.transmission import Request, parse_requests, request_error, request_size
+from nbdclone.protocol.wire import ExportInfo, TransmissionFlag, transmission_flags
+
+SIZE = 1 << 20
+WRITABLE = ExportInfo("web1", SIZE, transmission_flags(False))
+READ_ONLY = ExportInfo("base", SIZE, transmission_flags(True))
+EPERM, EINVAL, ENOSPC, EOVERFLOW = 1, 22, 28, 75
+
+
+def parse(data: bytes, start: int = 0) -> tuple[list[Request], int]:
+    requests: list[Request] = []
+    position = parse_requests(data, start, len(data), requests)
+    return requests, position
+
+
+def test_all_complete_requests_are_taken_in_one_pass() -> None:
+    data = (
+        w.request(w.READ, 4096, 512, cookie=1)
+        + w.request(w.WRITE, 8192, 5, cookie=2, flags=w.FUA, payload=b"hello")
+        + w.request(w.FLUSH, cookie=0xFFFFFFFFFFFFFFFF)
+        + w.request(77, 0xFFFFFFFFFFFFFFFF, 0xFFFFFFFF, flags=0xFFFF, cookie=3)
+    )
+    requests, position = parse(b"??" + data, 2)
+    assert requests == [
+        (0, w.READ, 1, 4096, 512, 30),
+        (w.FUA, w.WRITE, 2, 8192, 5, 58),
+        (0, w.FLUSH, 0xFFFFFFFFFFFFFFFF, 0, 0, 91),
+        (0xFFFF, 77, 3, 0xFFFFFFFFFFFFFFFF, 0xFFFFFFFF, 119),
+    ]
+    assert position == len(data) + 2
+
+
+def test_a_write_without_all_of_its_payload_waits() -> None:
+    data = w.request(w.READ, 0, 1) + w.request(w.WRITE, 0, 100, payload=bytes(99))
+    requests, position = parse(data)
+    assert len(requests) == 1
+    assert position == 28
+    assert request_size(data, position, len(data)) == 128
+
+
+def test_a_write_that_ends_where_the_buffer_ends_is_taken() -> None:
+    data = w.request(w.WRITE, 0, 4, payload=b"data")
+    assert parse(data) == ([(0, w.WRITE, 1, 0, 4, 28)], len(data))
+
+
+def test_half_a_header_waits() -> None:
+    data = w.request(w.READ, 0, 1)
+    for end in range(28):
+        requests: list[Request] = []
+        assert parse_requests(data, 0, end, requests) == 0
+        assert requests == []
+        assert request_size(data, 0, end) == 28
+
+
+def test_what_lies_behind_the_end_is_not_looked_at() -> None:
+    data = w.request(w.READ, 0, 1) + w.request(w.WRITE, 0, 4, payload=b"data")
+    requests: list[Request] = []
+    assert parse_requests(data, 0, len(data) - 1, requests) == 28
+    assert len(requests) == 1
+
+
+def test_a_map_and_a_view_are_parsed_like_bytes() -> None:
+    data = w.request(w.READ, 0, 1) * 3
+    with mmap.mmap(-1, 4096) as buffer:
+        buffer[: len(data)] = data
+        requests: list[Request] = []
+        assert parse_requests(buffer, 0, len(data), requests) == len(data)
+    assert requests == parse(data)[0]
+    requests.clear()
+    parse_requests(memoryview(bytearray(data)), 0, len(data), requests)
+    assert requests == parse(data)[0]
+
+
+@pytest.mark.parametrize("magic", [0, 0x25609514, 0x12560953, 0x21E41C71])
+def test_a_request_without_its_magic_is_fatal_after_those_before_it(magic: int) -> None:
+    data = w.request(w.READ, 0, 1) + struct.pack(">I", magic) + bytes(24)
+    requests: list[Request] = []
+    with pytest.raises(RemoteProtocolError, match="magic"):
+        parse_requests(data, 0, len(data), requests)
+    assert len(requests) == 1
+
+
+def test_a_write_above_the_limit_is_fatal_before_its_payload_comes() -> None:
+    with pytest.raises(RemoteProtocolError, match="limit"):
+        parse(w.request(w.WRITE, 0, wire.MAX_PAYLOAD + 1))
+    assert parse(w.request(w.WRITE, 0, wire.MAX_PAYLOAD)) == ([], 0)
+
+
+def test_the_limit_lets_through_what_other_suites_send() -> None:
+    assert wire.MAX_PAYLOAD > 49_865_728
+    assert wire.MAX_PAYLOAD >= wire.ADVERTISED_MAX_PAYLOAD >= 32 << 20
+
+
+# request_error
+
+EDGES = [
+    # (command, offset, length, error)
+    (w.READ, 0, 1, 0),
+    (w.READ, SIZE - 1, 1, 0),
+    (w.READ, 0, SIZE, 0),
+    (w.READ, SIZE, 1, EINVAL),
+    (w.READ, SIZE - 1, 2, EINVAL),
+    (w.READ, (1 << 64) - 1, 2, EINVAL),
+    (w.WRITE, 0, SIZE, 0),
+    (w.WRITE, SIZE - 1, 2, ENOSPC),
+    (w.WRITE, (1 << 64) - 1, 2, ENOSPC),
+    (w.TRIM, 0, SIZE, 0),
+    (w.TRIM, SIZE - 1, 2, EINVAL),
+    (w.CACHE, 0, SIZE, 0),
+    (w.CACHE, SIZE - 1, 2, EINVAL),
+    (w.CACHE, (1 << 64) - 1, 0xFFFFFFFF, EINVAL),
+    (w.WRITE_ZEROES, 0, SIZE, 0),
+    (w.WRITE_ZEROES, SIZE - 1, 2, ENOSPC),
+    (w.WRITE_ZEROES, (1 << 64) - 1, 0xFFFFFFFF, ENOSPC),
+    (w.FLUSH, 0, 0, 0),
+    (w.FLUSH, 1, 0, EINVAL),
+    (w.FLUSH, 0, 1, EINVAL),
+    (w.READ, 0, 0, EINVAL),
+    (w.WRITE, 0, 0, EINVAL),
+    (w.TRIM, 0, 0, EINVAL),
+    (w.CACHE, 0, 0, EINVAL),
+    (w.WRITE_ZEROES, 0, 0, EINVAL),
+    (w.DISC, 0, 0, 0),
+    (w.DISC, 5, 7, 0),
+    (w.BLOCK_STATUS, 0, 512, EINVAL),
+    (8, 0, 512, EINVAL),
+    (0xFFFF, 0, 0, EINVAL),
+]
+
+
+@pytest.mark.parametrize(("command", "offset", "length", "error"), EDGES)
+@pytest.mark.parametrize("structured", [False, True])
+def test_the_range_decides_the_error(command: int, offset: int, length: int, error: int, structured: bool) -> None:
+    assert request_error(WRITABLE, structured, 0, command, offset, length) == error
+
+
+@pytest.mark.parametrize(("offset", "length"), [(0, 512), (SIZE, 512), (0, 0), (0, 0xFFFFFFFF)])
+@pytest.mark.parametrize("command", [w.WRITE, w.TRIM, w.WRITE_ZEROES])
+@pytest.mark.parametrize("flags", [0, w.FUA, 0xFFFF])
+def test_a_write_to_a_read_only_export_is_eperm_whatever_else_is_wrong(
+    command: int, offset: int, length: int, flags: int
+) -> None:
+    assert request_error(READ_ONLY, True, flags, command, offset, length) == EPERM
+
+
+@pytest.mark.parametrize(
+    ("command", "offset", "length", "error"),
+    [
+        (w.READ, 0, SIZE, 0),
+        (w.READ, 1, SIZE, EINVAL),
+        (w.CACHE, 0, 512, 0),
+        (w.FLUSH, 0, 0, 0),
+        (w.BLOCK_STATUS, 0, 512, EINVAL),
+    ],
+)
+def test_a_read_only_export_answers_what_does_not_write(command: int, offset: int, length: int, error: int) -> None:
+    assert request_error(READ_ONLY, True, 0, command, offset, length) == error
+
+
+@pytest.mark.parametrize("command", [w.READ, w.WRITE, w.TRIM, w.CACHE, w.WRITE_ZEROES, w.FLUSH])
+def test_fua_is_accepted_on_every_command_where_it_was_offered(command: int) -> None:
+    length = 0 if command == w.FLUSH else 512
+    assert request_error(WRITABLE, False, w.FUA, command, 0, length) == 0
+    without = replace(WRITABLE, flags=WRITABLE.flags & ~TransmissionFlag.SEND_FUA)
+    assert request_error(without, False, w.FUA, command, 0, length) == EINVAL
+    assert request_error(without, False, 0, command, 0, length) == 0
+
+
+KNOWN_FLAGS = {w.READ: w.FUA | w.DF, w.WRITE_ZEROES: w.FUA | w.NO_HOLE | w.FAST_ZERO}
+
+
+@pytest.mark.parametrize("command", [w.READ, w.WRITE, w.TRIM, w.CACHE, w.WRITE_ZEROES, w.FLUSH])
+@pytest.mark.parametrize("bit", range(16))
+def test_a_flag_that_the_command_does_not_know_is_einval(command: int, bit: int) -> None:
+    known = KNOWN_FLAGS.get(command, w.FUA)
+    length = 0 if command == w.FLUSH else 512
+    expected = 0 if known >> bit & 1 else EINVAL
+    assert request_error(WRITABLE, True, 1 << bit, command, 0, length) == expected
+
+
+def test_df_needs_structured_replies() -> None:
+    assert request_error(WRITABLE, True, w.DF, w.READ, 0, 512) == 0
+    assert request_error(WRITABLE, False, w.DF, w.READ, 0, 512) == EINVAL
+
+
+def test_fast_zero_needs_to_have_been_offered() -> None:
+    without = replace(WRITABLE, flags=WRITABLE.flags & ~TransmissionFlag.SEND_FAST_ZERO)
+    assert request_error(WRITABLE, True, w.FAST_ZERO | w.NO_HOLE, w.WRITE_ZEROES, 0, 512) == 0
+    assert request_error(without, True, w.FAST_ZERO, w.WRITE_ZEROES, 0, 512) == EINVAL
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        (w.TRIM, TransmissionFlag.SEND_TRIM),
+        (w.CACHE, TransmissionFlag.SEND_CACHE),
+        (w.WRITE_ZEROES, TransmissionFlag.SEND_WRITE_ZEROES),
+        (w.FLUSH, TransmissionFlag.SEND_FLUSH),
+    ],
+)
+def test_a_command_that_was_never_offered_is_einval(command: int, flag: TransmissionFlag) -> None:
+    without = replace(WRITABLE, flags=WRITABLE.flags & ~flag)
+    assert request_error(without, True, 0, command, 0, 0 if command == w.FLUSH else 512) == EINVAL
+
+
+LARGE = ExportInfo("large", 1 << 40, transmission_flags(False))
+
+
+def test_a_read_above_the_limit_says_so_as_its_kind_of_reply_can() -> None:
+    over = wire.MAX_PAYLOAD + 1
+    assert request_error(LARGE, True, 0, w.READ, 0, wire.MAX_PAYLOAD) == 0
+    assert request_error(LARGE, True, 0, w.READ, 0, over) == EOVERFLOW
+    assert request_error(LARGE, True, w.DF, w.READ, 0, over) == EOVERFLOW
+    assert request_error(LARGE, False, 0, w.READ, 0, over) == EINVAL
+    assert request_error(LARGE, True, 0, w.READ, (1 << 40) - 5, over) == EINVAL
+
+
+@pytest.mark.parametrize("command", [w.TRIM, w.CACHE, w.WRITE_ZEROES])
+def test_only_payloads_are_limited(command: int) -> None:
+    assert request_error(LARGE, False, 0, command, 0, 0xFFFFFFFF) == 0
+
+
+# Builders
+
+
+def test_replies_are_laid_out_as_the_specification_says() -> None:
+    assert transmission.simple_reply(7, 0) == w.simple(7)
+    assert transmission.simple_reply(0xFFFFFFFFFFFFFFFF, 28) == w.simple(0xFFFFFFFFFFFFFFFF, 28)
+    assert transmission.read_chunk_header(7, 4096, 5) + b"hello" == w.data_chunk(7, 4096, b"hello")
+    assert transmission.none_chunk(7) == w.chunk(w.NONE, 7)
+    assert transmission.error_chunk(7, 5, "no disk") == w.error_chunk(7, 5, b"no disk")
+
+
+def test_an_error_text_is_cut_to_1000_bytes_between_characters() -> None:
+    assert transmission.error_chunk(7, 5, "é" * 600) == w.error_chunk(7, 5, "é".encode() * 500)
+    assert transmission.error_chunk(7, 5, "x" + "é" * 600) == w.error_chunk(7, 5, b"x" + "é".encode() * 499)
+    assert transmission.error_chunk(7, 5, "a\0b\ud800") == w.error_chunk(7, 5, "a\ufffdb?".encode())
