@@ -18,7 +18,14 @@ from types import TracebackType
 from typing import Final, Self, TypeVar, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from nbdclone.errors import LocalProtocolError, NBDCloneError, ProtocolError, ServerRefused, UsageError
+from nbdclone.errors import (
+    ConnectionFailed,
+    LocalProtocolError,
+    NBDCloneError,
+    ProtocolError,
+    ServerRefused,
+    UsageError,
+)
 from nbdclone.protocol import wire
 from nbdclone.protocol.client_handshake import (
     ClientEvent,
@@ -46,10 +53,6 @@ Pieces = list[tuple[int, int, Buffer]]  # offset, length, payload
 Answers = list[bytes | bytearray | None]  # the data of each, where it was a read
 _Result = TypeVar("_Result")
 _Event = TypeVar("_Event", ExportList, ExportDescribed, Opened, Ready)
-
-
-class ConnectionFailed(NBDCloneError, ConnectionError):
-    """The connection could not be made, or was lost; what was in flight may or may not have been done."""
 
 
 @dataclass(frozen=True, slots=True)

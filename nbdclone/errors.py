@@ -16,6 +16,7 @@
     ├── ProtocolError
     │   ├── RemoteProtocolError    the peer broke the protocol
     │   └── LocalProtocolError     this side was used in a way that would break it
+    ├── ConnectionFailed           (client) also a ConnectionError
     └── ServerRefused              (client) the server answered an option or a request with an error
 
 Every message is one line, states the facts, and is fit to be shown to a person as it is.
@@ -91,6 +92,10 @@ class RemoteProtocolError(ProtocolError):
 
 class LocalProtocolError(ProtocolError):
     """This side was used in a way that would break the protocol."""
+
+
+class ConnectionFailed(NBDCloneError, ConnectionError):
+    """The connection could not be made, or was lost; what was in flight may or may not have been done."""
 
 
 class ServerRefused(NBDCloneError):

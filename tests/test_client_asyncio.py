@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from nbdclone import client as client_module
-from nbdclone.client import Address, Client, ConnectionFailed
-from nbdclone.errors import LocalProtocolError, RemoteProtocolError, ServerRefused, UsageError
+from nbdclone.client import Address, Client
+from nbdclone.errors import ConnectionFailed, LocalProtocolError, RemoteProtocolError, ServerRefused, UsageError
 from nbdclone.protocol import wire
 from nbdclone.protocol.handshake import Aborted, ListExports, OpenExport, ServerHandshake
 from nbdclone.protocol.transmission import (

@@ -132,9 +132,12 @@ def file_size(size: int) -> int:
 
 @dataclass(slots=True)
 class _Segment:
-    """The map of one segment in memory. ``slot`` (0 or 1) is where the newest durable page stands."""
+    """The map of one segment in memory. ``slot`` (0 or 1) is where the newest durable page stands.
 
-    bitmap: bytearray
+    ``bitmap`` is changed to a bytearray by the first mark; until then all empty ones are the same object.
+    """
+
+    bitmap: bytes | bytearray
     sequence: int
     slot: int
     reserved: bool  # both slots have their space: writing the map will not meet a full disk
@@ -243,6 +246,8 @@ class Delta:
                 self._fs.allocate(self.fd, segment * SEGMENT_SPAN + slot, PAGE_SIZE)
             state.reserved = True
         with self._lock:
+            if not isinstance(state.bitmap, bytearray):
+                state.bitmap = bytearray(state.bitmap)
             _set_bits(state.bitmap, first, last)
             self._dirty.add(segment)
 
@@ -357,12 +362,12 @@ class Delta:
         valid = [(decoded[0], slot, decoded[1]) for slot, decoded in enumerate(read) if decoded is not None]
         if valid:
             sequence, slot, bitmap = max(valid)
-            return _Segment(bytearray(bitmap), sequence, slot, reserved=True)
+            return _Segment(bitmap, sequence, slot, reserved=True)
         # Both slots empty: never written. One empty and one torn: its first write was cut off before it was durable.
         # Neither empty: something that was durable is gone.
         if _EMPTY_PAGE not in pages:
             raise CorruptDelta(str(self.path), f"both copies of the map page of segment {segment} fail their checksum")
-        return _Segment(bytearray(BITMAP_SIZE), sequence=0, slot=1, reserved=False)
+        return _Segment(EMPTY_BITMAP, sequence=0, slot=1, reserved=False)
 
 
 def read_page(fs: FileSystem, fd: int, offset: int, nowait: bool) -> bytes:
