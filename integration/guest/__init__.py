@@ -1,0 +1,1 @@
+"""Linux guests: small virtual machines in which a real kernel is the client of the server under test."""
