@@ -24,7 +24,7 @@ NEEDED = {
     "nbd-client": ("nbd-client",),
     "nbd-server": ("nbd-server",),
     "nbdkit": ("nbdkit",),
-    "python3-libnbd": ("/usr/bin/nbdsh", "/usr/lib/python3/dist-packages/nbd.py"),
+    "python3-libnbd": ("/usr/bin/nbdsh",),
     "qemu-system-x86": ("qemu-system-x86_64",),
     "qemu-utils": ("qemu-img", "qemu-io", "qemu-nbd"),
     "seabios": ("/usr/share/seabios/bios-256k.bin",),

@@ -1,0 +1,742 @@
+"""A second reader of the files, written from docs/format.md alone, against what the project itself reads and writes."""
+
+import json
+import os
+import random
+import re
+import shutil
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+
+from nbdclone import Pool
+
+BLOCK = 4096
+CHUNK = 4 << 20
+METADATA = 1 << 20
+SPAN = 133169152  # bytes of the disk in one segment
+SEGMENT = METADATA + SPAN
+HEADERS = (0, 524288)
+MAPS = (65536, 589824)
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+HEADER = struct.Struct(">8sIIQQQ16s16s32sQQH255s")
+MAP = struct.Struct(">4sIQQ8s4064s")
+
+
+class Refused(Exception):
+    """The files are not what the document says they are."""
+
+
+class Header:
+    """One valid slot of the header."""
+
+    def __init__(self, page: bytes) -> None:
+        (
+            self.magic,
+            self.version,
+            self.block_size,
+            self.must_know,
+            self.may_ignore,
+            self.sequence,
+            self.id,
+            self.parent,
+            self.fingerprint,
+            self.size,
+            self.created,
+            length,
+            name,
+        ) = HEADER.unpack_from(page)
+        self.parent_name = name[:length].decode(errors="replace")  # a hint
+
+    @classmethod
+    def of(cls, page: bytes) -> "Header | None":
+        if page[:8] != b"NBDDELTA" or zlib.crc32(page[:4092]) != int.from_bytes(page[4092:], "big"):
+            return None
+        return cls(page)
+
+
+class Reader:
+    """The disk of one clone, from nothing but the files of its pool."""
+
+    def __init__(self, pool: Path, name: str) -> None:
+        if not NAME.fullmatch(name):
+            raise Refused(f"{name!r} is no name")
+        self._open: list[int] = []
+        self._bitmaps: dict[int, bytes] = {}
+        self.hashed = False  # whether the image had to be hashed
+        try:
+            self._delta = self._file(pool / "clones" / name / "delta")
+            self.header = self._header()
+            self.size = self.header.size
+            if os.fstat(self._delta).st_size < file_size(self.size):
+                raise Refused("the delta is cut short")
+            base = self._base_folder(pool)
+            self._image = self._file(base / "image")
+            self._check_base(base)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.pop())
+
+    def read(self, length: int, offset: int) -> bytes:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise ValueError("outside of the disk")
+        pieces = []
+        end = offset + length
+        while offset < end:
+            segment, within = divmod(offset, SPAN)
+            bitmap = self._bitmap(segment)
+            block = within // BLOCK
+            own = is_set(bitmap, block)
+            limit = min(end, (segment + 1) * SPAN)
+            stop = offset - offset % BLOCK + BLOCK
+            while stop < limit and is_set(bitmap, block + 1) == own:
+                block += 1
+                stop += BLOCK
+            stop = min(stop, limit)
+            if own:
+                pieces.append(exactly(self._delta, stop - offset, offset + (segment + 1) * METADATA))
+            else:
+                pieces.append(os.pread(self._image, stop - offset, offset).ljust(stop - offset, b"\0"))
+            offset = stop
+        return b"".join(pieces)
+
+    def _file(self, path: Path) -> int:
+        fd = os.open(path, os.O_RDONLY)
+        self._open.append(fd)
+        return fd
+
+    def _header(self) -> Header:
+        slots = [Header.of(os.pread(self._delta, BLOCK, at)) for at in HEADERS]
+        valid = [slot for slot in slots if slot is not None]
+        if not valid:
+            raise Refused("no slot of the header is valid")
+        header = max(valid, key=lambda slot: slot.sequence)
+        if header.version != 1 or header.must_know:
+            raise Refused("a format that this reader does not know")
+        if header.block_size != BLOCK:
+            raise Refused(f"blocks of {header.block_size} bytes")
+        return header
+
+    def _bitmap(self, segment: int) -> bytes:
+        if segment not in self._bitmaps:
+            self._bitmaps[segment] = self._read_bitmap(segment)
+        return self._bitmaps[segment]
+
+    def _read_bitmap(self, segment: int) -> bytes:
+        pages = [exactly(self._delta, BLOCK, segment * SEGMENT + at) for at in MAPS]
+        valid = []
+        for page in pages:
+            magic, checksum, number, sequence, delta_id, bitmap = MAP.unpack(page)
+            if (
+                magic == b"NMAP"
+                and checksum == zlib.crc32(page[8:])
+                and number == segment
+                and delta_id == self.header.id[:8]
+            ):
+                valid.append((sequence, bitmap))
+        if valid:
+            return max(valid, key=lambda slot: slot[0])[1]
+        if any(page == bytes(BLOCK) for page in pages):
+            return bytes(SPAN // BLOCK // 8)
+        raise Refused(f"the map of segment {segment} is lost")
+
+    def _base_folder(self, pool: Path) -> Path:
+        for path in sorted((pool / "bases").glob("*/base.json")):
+            with suppress(ValueError, KeyError):  # another base may be broken
+                if bytes.fromhex(json.loads(path.read_text())["id"]) == self.header.parent:
+                    return path.parent
+        raise Refused(f"no base with the id of {self.header.parent_name}")
+
+    def _check_base(self, folder: Path) -> None:
+        about = json.loads((folder / "base.json").read_text())
+        if about["format"] != 1:
+            raise Refused("a base of another format")
+        if bytes.fromhex(about["fingerprint"]) != self.header.fingerprint:
+            raise Refused("the base is another one")
+        size = about["size"]
+        manifest = (folder / "manifest").read_bytes()
+        if fingerprint(size, manifest) != self.header.fingerprint:
+            raise Refused("the manifest is not that of the fingerprint")
+        now = os.fstat(self._image)
+        if about["identity"] != {
+            "size": now.st_size,
+            "inode": now.st_ino,
+            "mtime_ns": now.st_mtime_ns,
+            "ctime_ns": now.st_ctime_ns,
+        }:
+            self.hashed = True
+            if now.st_size != size or hashes_of(self._image, size) != manifest:
+                raise Refused("the image has changed")
+
+
+def is_set(bitmap: bytes, block: int) -> bool:
+    return bool(bitmap[block // 8] & 128 >> block % 8)
+
+
+def exactly(fd: int, length: int, offset: int) -> bytes:
+    data = os.pread(fd, length, offset)
+    if len(data) != length:
+        raise Refused("the delta is cut short")
+    return data
+
+
+def file_size(size: int) -> int:
+    whole, rest = divmod(size, SPAN)
+    return whole * SEGMENT + (METADATA + -(-rest // BLOCK) * BLOCK if rest else 0)
+
+
+def hashes_of(fd: int, size: int) -> bytes:
+    hashes = []
+    for at in range(0, size, CHUNK):
+        data = os.pread(fd, CHUNK, at)
+        hashes.append(blake3(data).digest() if data.strip(b"\0") else bytes(32))
+    return b"".join(hashes)
+
+
+def fingerprint(size: int, manifest: bytes) -> bytes:
+    return blake3(size.to_bytes(8, "big") + manifest).digest()
+
+
+class Disk:
+    """What a disk should hold: its pieces by number, zeros where there is none."""
+
+    PIECE = 1000  # no divisor or multiple of anything in the format
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.pieces: dict[int, bytearray] = {}
+
+    def grown(self, size: int) -> "Disk":
+        other = Disk(size)
+        other.pieces = {number: bytearray(piece) for number, piece in self.pieces.items()}
+        return other
+
+    def write(self, data: bytes, offset: int) -> None:
+        done = 0
+        while done < len(data):
+            number, within = divmod(offset + done, self.PIECE)
+            part = data[done : done + self.PIECE - within]
+            self.pieces.setdefault(number, bytearray(self.PIECE))[within : within + len(part)] = part
+            done += len(part)
+
+    def zero(self, offset: int, length: int) -> None:
+        self.write(bytes(length), offset)
+
+    def read(self, length: int, offset: int) -> bytes:
+        first, within = divmod(offset, self.PIECE)
+        last = -(-(offset + length) // self.PIECE)
+        hole = bytes(self.PIECE)
+        return b"".join(self.pieces.get(number, hole) for number in range(first, last))[within : within + length]
+
+
+BASE_SIZE = 9 * (1 << 20) + 512  # ends inside of a chunk, and of a block; its second chunk is a hole
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    return random.Random(20)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "pool"
+
+
+def import_image(store: Path, disk: Disk, name: str = "base") -> None:
+    """Make the disk a base, from a sparse file."""
+    source = store.parent / f"{name}.img"
+    with source.open("wb") as file:
+        file.truncate(disk.size)
+        for number, piece in disk.pieces.items():
+            file.seek(number * disk.PIECE)
+            file.write(piece[: disk.size - number * disk.PIECE])
+    Pool.open(str(store), create=True).import_base(str(source), name)
+
+
+@pytest.fixture
+def base(store: Path, rng: random.Random) -> Disk:
+    """A base of data and holes, in the pool as `base`."""
+    disk = Disk(BASE_SIZE)
+    for offset, length in ((0, 300_000), (1 << 20, 4096), (2_000_001, 77), (3 << 20, 1 << 20), (8 << 20, 10_000)):
+        disk.write(rng.randbytes(length), offset)
+    disk.write(rng.randbytes(5000), BASE_SIZE - 5000)
+    import_image(store, disk)
+    return disk
+
+
+def make_clone(store: Path, size: int | None = None, name: str = "clone") -> Pool:
+    pool = Pool.open(str(store))
+    pool.create_clones("base", [name], size=size)
+    return pool
+
+
+def delta_of(store: Path, name: str = "clone") -> Path:
+    return store / "clones" / name / "delta"
+
+
+def put(path: Path, data: bytes, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def get(path: Path, length: int, offset: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(length)
+
+
+def edit_headers(path: Path, offset: int, field: bytes, slots: tuple[int, ...] = HEADERS) -> None:
+    """Change a field of the header, and the checksum with it."""
+    for at in slots:
+        page = bytearray(get(path, BLOCK, at))
+        page[offset : offset + len(field)] = field
+        page[4092:] = zlib.crc32(page[:4092]).to_bytes(4, "big")
+        put(path, page, at)
+
+
+def whole(read: Callable[[int, int], bytes], disk: Disk) -> None:
+    """All of the disk is as it should be, in steps that are no multiple of a block."""
+    step = (1 << 20) + 7
+    for offset in range(0, disk.size, step):
+        length = min(step, disk.size - offset)
+        if read(length, offset) != disk.read(length, offset):
+            raise AssertionError(f"other bytes between {offset} and {offset + length}")
+
+
+def both_read(store: Path, disk: Disk, name: str = "clone") -> None:
+    with Reader(store, name) as reader:
+        assert reader.size == disk.size
+        whole(reader.read, disk)
+    with Pool.open(str(store)).open_clone(name) as clone:
+        assert clone.size == disk.size
+        whole(clone.pread, disk)
+
+
+@contextmanager
+def refused_by_the_project() -> Iterator[None]:
+    """An error of the store, known by its name: the API is the only thing taken from the project."""
+    kinds = ["nothing was refused"]
+    try:
+        yield
+    except Exception as error:
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+    assert "StorageError" in kinds
+
+
+def both_refuse(store: Path, offset: int = 0, name: str = "clone") -> None:
+    """To open the clone, or to read the byte at the offset."""
+    with pytest.raises(Refused), Reader(store, name) as reader:
+        reader.read(1, offset)
+    with refused_by_the_project(), Pool.open(str(store)).open_clone(name) as clone:
+        clone.pread(1, offset)
+
+
+def at_random(rng: random.Random, size: int) -> tuple[int, int]:
+    """A range of the disk, as often on the borders of blocks as not."""
+    offset, length = rng.randrange(size), rng.choice((1, 511, 512, 4096, 5000, 20_000, 65536))
+    if rng.random() < 0.5:
+        offset, length = offset // BLOCK * BLOCK, -(-length // BLOCK) * BLOCK
+    return offset, min(length, size - offset)
+
+
+# What was written is what is read
+
+
+def test_a_new_clone_reads_as_its_base(store: Path, base: Disk) -> None:
+    make_clone(store)
+    both_read(store, base)
+
+
+def test_a_clone_larger_than_its_base_ends_in_zeros(store: Path, base: Disk) -> None:
+    size = BASE_SIZE + 3 * BLOCK
+    make_clone(store, size)
+    both_read(store, base.grown(size))
+
+
+def test_writes_at_random_places_are_read_at_random_places(store: Path, base: Disk, rng: random.Random) -> None:
+    size = BASE_SIZE + (2 << 20) + 512
+    disk = base.grown(size)
+    pool = make_clone(store, size)
+    with pool.open_clone("clone") as clone:
+        for turn in range(240):
+            offset, length = at_random(rng, size)
+            if turn % 3 == 2:
+                clone.zero(offset, length, allocate=turn % 2 == 0)
+                disk.zero(offset, length)
+            else:
+                data = rng.randbytes(length)
+                clone.pwrite(data, offset)
+                disk.write(data, offset)
+            if turn % 40 == 39:
+                clone.flush()
+    with Reader(store, "clone") as reader, pool.open_clone("clone") as clone:
+        for _ in range(300):
+            offset, length = at_random(rng, size)
+            expected = disk.read(length, offset)
+            assert reader.read(length, offset) == expected
+            assert clone.pread(length, offset) == expected
+        assert reader.read(0, size) == b""
+        with pytest.raises(ValueError, match="outside"):
+            reader.read(1, size)
+    both_read(store, disk)
+
+
+def test_what_is_flushed_is_in_the_files_of_an_open_clone(store: Path, base: Disk, rng: random.Random) -> None:
+    disk = base.grown(BASE_SIZE)
+    with make_clone(store).open_clone("clone") as clone:
+        for _ in range(6):
+            for _ in range(10):
+                offset, length = at_random(rng, BASE_SIZE)
+                data = rng.randbytes(length)
+                clone.pwrite(data, offset)
+                disk.write(data, offset)
+            clone.zero(offset, length // 2)
+            disk.zero(offset, length // 2)
+            clone.flush()
+            with Reader(store, "clone") as reader:
+                whole(reader.read, disk)
+    both_read(store, disk)
+
+
+def test_zeros_hide_the_data_of_the_base(store: Path, base: Disk) -> None:
+    disk = base.grown(BASE_SIZE)
+    with make_clone(store).open_clone("clone") as clone:
+        for offset, length in ((100, 50), (8192, 4096), (20_000, 100_000), (3 << 20, 5 << 20), (BASE_SIZE - 700, 700)):
+            clone.zero(offset, length)
+            disk.zero(offset, length)
+    both_read(store, disk)
+
+
+@pytest.mark.parametrize("start", [-600, -512, -1, 0, 1, 100, 3000, 3584, 4000])
+def test_a_write_near_the_end_of_the_base_keeps_what_is_around_it(
+    store: Path, base: Disk, rng: random.Random, start: int
+) -> None:
+    size = BASE_SIZE + 4 * BLOCK
+    disk = base.grown(size)
+    data = rng.randbytes(700)
+    with make_clone(store, size).open_clone("clone") as clone:
+        clone.pwrite(data, BASE_SIZE + start)
+    disk.write(data, BASE_SIZE + start)
+    both_read(store, disk)
+
+
+def test_a_disk_goes_on_over_the_border_of_a_segment(store: Path, base: Disk, rng: random.Random) -> None:
+    size = 2 * SPAN + (1 << 20) + 512
+    disk = base.grown(size)
+    pool = make_clone(store, size)
+    with pool.open_clone("clone") as clone:
+        for offset in (5, SPAN - BLOCK, SPAN, SPAN + 3 * BLOCK - 1, 2 * SPAN - 1, size - 9000):
+            data = rng.randbytes(9000)
+            clone.pwrite(data, offset)
+            disk.write(data, offset)
+            clone.flush()
+        clone.zero(SPAN - 5000, 7000)
+        disk.zero(SPAN - 5000, 7000)
+    both_read(store, disk)
+
+
+def test_a_base_goes_on_over_the_border_of_a_segment(store: Path, rng: random.Random) -> None:
+    size = SPAN + (1 << 20)
+    base = Disk(size)
+    base.write(rng.randbytes(50_000), 0)
+    base.write(rng.randbytes(300_000), SPAN - 150_000)
+    base.write(rng.randbytes(100), size - 100)
+    import_image(store, base)
+    disk = base.grown(size)
+    with make_clone(store).open_clone("clone") as clone:
+        data = rng.randbytes(20_001)
+        clone.pwrite(data, SPAN - 10_000)
+        disk.write(data, SPAN - 10_000)
+        clone.zero(SPAN + 40_000, 50_000)
+        disk.zero(SPAN + 40_000, 50_000)
+    both_read(store, disk)
+
+
+def test_clones_of_one_base_do_not_see_each_other(store: Path, base: Disk, rng: random.Random) -> None:
+    disks = {}
+    for name in ("one", "two.2", "three-3_c"):
+        disk = disks[name] = base.grown(BASE_SIZE)
+        data = rng.randbytes(30_000)
+        with make_clone(store, name=name).open_clone(name) as clone:
+            clone.pwrite(data, 250_000)
+        disk.write(data, 250_000)
+    for name, disk in disks.items():
+        both_read(store, disk, name)
+
+
+# The layout
+
+
+@pytest.mark.parametrize(
+    "size",
+    [BASE_SIZE, BASE_SIZE + 512, SPAN - 512, SPAN, SPAN + 512, 2 * SPAN, 3 * SPAN + BLOCK],
+)
+def test_a_delta_has_the_length_of_the_formula(store: Path, base: Disk, size: int) -> None:
+    make_clone(store, size)
+    assert delta_of(store).stat().st_size == file_size(size)
+
+
+def test_a_byte_stands_where_the_formula_has_it(store: Path, base: Disk) -> None:
+    size = 2 * SPAN + (1 << 20)
+    places = (0, 4097, SPAN - 1, SPAN, 2 * SPAN - 1, 2 * SPAN, size - 1)
+    with make_clone(store, size).open_clone("clone") as clone:
+        for number, place in enumerate(places, 1):
+            clone.pwrite(bytes([number]), place)
+    for number, place in enumerate(places, 1):
+        assert get(delta_of(store), 1, place + (place // 133169152 + 1) * 1048576) == bytes([number])
+
+
+def test_the_header_says_what_the_project_says(store: Path, base: Disk) -> None:
+    pool = make_clone(store, BASE_SIZE + BLOCK)
+    about = pool.info("clone")
+    with Reader(store, "clone") as reader:
+        header = reader.header
+    assert header.id.hex() == about.id
+    assert header.parent.hex() == pool.info("base").id
+    assert header.fingerprint.hex() == pool.info("base").fingerprint
+    assert header.size == about.size == BASE_SIZE + BLOCK
+    assert header.created / 1e9 == pytest.approx(about.created, abs=1e-3)
+    assert header.parent_name == "base"
+    for at in HEADERS:
+        page = get(delta_of(store), BLOCK, at)
+        assert not any(page[122 + len("base") : 4092])
+
+
+def test_the_manifest_is_the_hashes_of_the_image(store: Path, base: Disk) -> None:
+    folder = store / "bases" / "base"
+    hashes = b"".join(
+        blake3(data).digest() if any(data) else bytes(32)
+        for data in (base.read(min(CHUNK, BASE_SIZE - at), at) for at in range(0, BASE_SIZE, CHUNK))
+    )
+    assert (folder / "manifest").read_bytes() == hashes
+    assert hashes[32:64] == bytes(32)
+    about = json.loads((folder / "base.json").read_text())
+    assert about["fingerprint"] == fingerprint(BASE_SIZE, hashes).hex()
+    assert about["size"] == BASE_SIZE
+    assert os.path.samefile(about["source"], store.parent / "base.img")
+    whole(lambda length, offset: get(folder / "image", length, offset), base)
+
+
+# What may be destroyed
+
+
+@pytest.fixture
+def written(store: Path, base: Disk, rng: random.Random) -> Disk:
+    """A clone of two segments, closed, with its own blocks in both; the disk that it should be."""
+    size = SPAN + (1 << 20)
+    disk = base.grown(size)
+    with make_clone(store, size).open_clone("clone") as clone:
+        for offset in (10_000, SPAN - 3000, SPAN + 70_000):
+            data = rng.randbytes(6000)
+            clone.pwrite(data, offset)
+            disk.write(data, offset)
+            clone.flush()
+    return disk
+
+
+def junk(kind: str, rng: random.Random, page: bytes) -> bytes:
+    if kind == "zeros":
+        return bytes(BLOCK)
+    if kind == "a bit":
+        return page[:100] + bytes([page[100] ^ 1]) + page[101:]
+    return rng.randbytes(BLOCK)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "garbage", "a bit"])
+@pytest.mark.parametrize("slot", [0, 1])
+def test_one_slot_of_everything_may_be_destroyed(
+    store: Path, written: Disk, rng: random.Random, slot: int, kind: str
+) -> None:
+    delta = delta_of(store)
+    for at in (HEADERS[slot], MAPS[slot], SEGMENT + MAPS[slot]):
+        put(delta, junk(kind, rng, get(delta, BLOCK, at)), at)
+    both_read(store, written)
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_a_clone_with_a_destroyed_slot_is_written_on(store: Path, written: Disk, rng: random.Random, slot: int) -> None:
+    for at in (HEADERS[slot], MAPS[slot], SEGMENT + MAPS[slot]):
+        put(delta_of(store), rng.randbytes(BLOCK), at)
+    with Pool.open(str(store)).open_clone("clone") as clone:
+        for offset in (SPAN - 5000, SPAN - 90_000, SPAN + 200_000):
+            data = rng.randbytes(40_000)
+            clone.pwrite(data, offset)
+            written.write(data, offset)
+            clone.flush()
+            with Reader(store, "clone") as reader:
+                whole(reader.read, written)
+    both_read(store, written)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "garbage", "a bit"])
+def test_without_a_header_a_clone_is_refused(store: Path, written: Disk, rng: random.Random, kind: str) -> None:
+    delta = delta_of(store)
+    for at in HEADERS:
+        put(delta, junk(kind, rng, get(delta, BLOCK, at)), at)
+    both_refuse(store)
+
+
+@pytest.mark.parametrize("kind", ["garbage", "a bit"])
+@pytest.mark.parametrize("segment", [0, 1])
+def test_without_a_map_a_clone_is_refused(
+    store: Path, written: Disk, rng: random.Random, segment: int, kind: str
+) -> None:
+    delta = delta_of(store)
+    for at in MAPS:
+        at += segment * SEGMENT
+        put(delta, junk(kind, rng, get(delta, BLOCK, at)), at)
+    both_refuse(store, segment * SPAN)
+
+
+def test_maps_of_another_segment_are_refused(store: Path, written: Disk) -> None:
+    for at in MAPS:
+        put(delta_of(store), get(delta_of(store), BLOCK, at), SEGMENT + at)
+    both_refuse(store, SPAN)
+
+
+def test_maps_of_another_delta_are_refused(store: Path, written: Disk) -> None:
+    with make_clone(store, name="other").open_clone("other") as other:
+        other.pwrite(b"another one", 0)
+    for at in MAPS:
+        put(delta_of(store), get(delta_of(store, "other"), BLOCK, at), at)
+    both_refuse(store)
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_a_first_map_cut_off_while_it_was_written_is_an_empty_one(store: Path, base: Disk, slot: int) -> None:
+    make_clone(store)
+    put(delta_of(store), b"NMAP and half of the rest", MAPS[slot])
+    both_read(store, base)
+
+
+def test_the_slot_with_the_higher_sequence_counts(store: Path, base: Disk) -> None:
+    """Two slots that differ only in their sequence and in one bit."""
+    disk = base.grown(BASE_SIZE)
+    with make_clone(store).open_clone("clone") as clone:
+        clone.pwrite(b"\xff" * 2 * BLOCK, 0)
+    with Reader(store, "clone") as reader:
+        delta_id = reader.header.id[:8]
+    disk.write(b"\xff" * BLOCK, BLOCK)
+    for high, low in (MAPS, MAPS[::-1]):
+        for at, sequence, bits in ((high, 1 << 40, 0b01000000), (low, 1 << 39, 0b11000000)):
+            body = struct.pack(">QQ8s4064s", 0, sequence, delta_id, bytes([bits]))
+            put(delta_of(store), b"NMAP" + zlib.crc32(body).to_bytes(4, "big") + body, at)
+        both_read(store, disk)
+
+
+def test_what_stands_at_the_place_of_a_clear_bit_means_nothing(store: Path, base: Disk, rng: random.Random) -> None:
+    size = BASE_SIZE + 8 * BLOCK
+    disk = base.grown(size)
+    pool = make_clone(store, size)
+    put(delta_of(store), rng.randbytes(file_size(size) - METADATA), METADATA)
+    both_read(store, disk)
+    with pool.open_clone("clone") as clone:
+        for offset, length in ((5000, 10), (40_000, 9000), (4 << 20, 4096), (BASE_SIZE + 50, 20), (size - 300, 200)):
+            data = rng.randbytes(length)
+            clone.pwrite(data, offset)
+            disk.write(data, offset)
+        for offset, length in ((80_001, 9000), (5 << 20, 8192), (BASE_SIZE - 100, 300), (size - 3 * BLOCK - 9, 6000)):
+            clone.zero(offset, length)
+            disk.zero(offset, length)
+        whole(clone.pread, disk)
+    both_read(store, disk)
+
+
+@pytest.mark.parametrize("left", [0, BLOCK, METADATA, SEGMENT, SEGMENT + METADATA])
+def test_a_delta_that_is_cut_short_is_refused(store: Path, written: Disk, left: int) -> None:
+    os.truncate(delta_of(store), left)
+    both_refuse(store, SPAN + 70_000)
+
+
+# Other versions
+
+
+def test_a_higher_version_is_left_alone(store: Path, written: Disk) -> None:
+    edit_headers(delta_of(store), 8, (2).to_bytes(4, "big"))
+    both_refuse(store)
+
+
+def test_a_feature_that_must_be_known_is_left_alone(store: Path, written: Disk) -> None:
+    edit_headers(delta_of(store), 16, (1 << 63).to_bytes(8, "big"))
+    both_refuse(store)
+
+
+def test_a_feature_that_may_be_ignored_is(store: Path, written: Disk) -> None:
+    edit_headers(delta_of(store), 24, (1 << 63 | 1).to_bytes(8, "big"))
+    both_read(store, written)
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_the_header_with_the_higher_sequence_counts(store: Path, written: Disk, slot: int) -> None:
+    edit_headers(delta_of(store), 56, bytes(16), (HEADERS[1 - slot],))  # no such parent
+    edit_headers(delta_of(store), 32, (1 << 40).to_bytes(8, "big"), (HEADERS[slot],))
+    both_read(store, written)
+    edit_headers(delta_of(store), 32, (1 << 41).to_bytes(8, "big"), (HEADERS[1 - slot],))
+    both_refuse(store)
+
+
+# The base
+
+
+def test_a_base_under_another_name_is_found_by_its_id(store: Path, written: Disk) -> None:
+    (store / "bases" / "base").rename(store / "bases" / "renamed")
+    both_read(store, written)
+
+
+def test_a_base_with_another_id_is_not_the_parent(store: Path, written: Disk) -> None:
+    edit_headers(delta_of(store), 56, bytes(16))
+    both_refuse(store)
+
+
+def test_a_base_with_another_fingerprint_is_refused(store: Path, written: Disk) -> None:
+    edit_headers(delta_of(store), 72, bytes(32))
+    both_refuse(store)
+
+
+def test_a_copy_of_the_pool_is_hashed_and_read(store: Path, base: Disk, rng: random.Random) -> None:
+    disk = base.grown(BASE_SIZE)
+    with make_clone(store).open_clone("clone") as clone:
+        data = rng.randbytes(30_000)
+        clone.pwrite(data, 12_345)
+        disk.write(data, 12_345)
+    with Reader(store, "clone") as reader:
+        assert not reader.hashed
+    copied = store.with_name("copied")
+    shutil.copytree(store, copied)
+    with Reader(copied, "clone") as reader:
+        assert reader.hashed
+    both_read(copied, disk)
+
+
+@pytest.mark.parametrize("place", [0, 5 << 20, BASE_SIZE - 1])
+def test_a_base_whose_image_has_changed_is_refused(store: Path, base: Disk, place: int) -> None:
+    make_clone(store)
+    image = store / "bases" / "base" / "image"
+    image.chmod(0o644)
+    put(image, bytes([get(image, 1, place)[0] ^ 1]), place)
+    both_refuse(store)
+
+
+def test_a_base_whose_image_has_grown_is_refused(store: Path, base: Disk) -> None:
+    make_clone(store)
+    image = store / "bases" / "base" / "image"
+    image.chmod(0o644)
+    os.truncate(image, BASE_SIZE + 512)
+    both_refuse(store)
