@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nbdclone import __version__
-from nbdclone.errors import NBDCloneError
+from nbdclone.errors import NBDCloneError, UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -227,7 +227,10 @@ def serve(
     from nbdclone.server.listen import parse_address
 
     logging.basicConfig(format="nbdclone: %(message)s", level=logging.DEBUG if verbose else logging.WARNING)
-    addresses = [parse_address(text) for text in listen or ([] if socket else ["127.0.0.1"])]
+    try:
+        addresses = [parse_address(text) for text in listen or ([] if socket else ["127.0.0.1"])]
+    except UsageError as error:
+        raise typer.BadParameter(str(error), param_hint="--listen") from None
     _raise_file_limit()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(_pool(create=True), addresses, socket or []))

@@ -51,6 +51,8 @@ def listen_tcp(host: str, port: int) -> list[Listener]:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
         raise UsageError(f"cannot listen on {where}: {error.strerror}") from None
+    except UnicodeError:
+        raise UsageError(f"cannot listen on {where}: no name of a host") from None
     listeners: list[Listener] = []
     try:
         for family, kind, protocol, _name, address in dict.fromkeys(found):

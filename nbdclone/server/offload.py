@@ -48,24 +48,36 @@ class Offload:
         """
         future: asyncio.Future[T] = self._loop.create_future()
 
-        def done(result: T, error: BaseException | None) -> None:
-            if not future.cancelled():
-                if error is None:
-                    future.set_result(result)
-                else:
-                    future.set_exception(error)
-            elif error is None and abandoned is not None:
+        def dispose(result: T) -> None:
+            if abandoned is not None:
                 self.submit(lambda: abandoned(result), lambda _result, _error: None)
 
+        def done(result: T, error: BaseException | None) -> None:
+            if future.cancelled():
+                if error is None:
+                    dispose(result)
+            elif error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
         self.submit(work, done)
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if not future.cancelled() and future.exception() is None:  # cancelled after the work was done
+                dispose(future.result())
+            raise
 
     def close(self) -> None:
-        """Let the threads finish what they were given, and end them."""
-        for _ in self._threads:
-            self._jobs.put(None)
-        for thread in self._threads:
-            thread.join()
+        """Let the threads finish what they were given, and what follows from it, and end them."""
+        while self._threads:
+            ending, self._threads = self._threads, []
+            for _ in ending:
+                self._jobs.put(None)
+            for thread in ending:
+                thread.join()
+            self._deliver()  # a result that nobody waits for any more is one more job
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -62,7 +62,8 @@ class Server:
             held.callback(self._close_listeners)
             for host, port in self._listen:
                 self._listeners += listen_tcp(host, port)
-            self._listeners += [listen_unix(Path(path)) for path in self._sockets]
+            for path in self._sockets:
+                self._listeners.append(listen_unix(Path(path)))
             self.offload = Offload(self._loop)
             held.callback(self.offload.close)
             self._exports = Exports(self.pool, self.offload, self._loop)
@@ -129,7 +130,9 @@ class Server:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S // 2)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_S // 6)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
             if isinstance(address, tuple):
                 peer = f"{address[0]}:{address[1]}"
         connection = Connection(sock, peer, self._exports, self)

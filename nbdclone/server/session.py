@@ -49,7 +49,7 @@ from nbdclone.protocol.wire import (
     SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY_MAGIC,
 )
-from nbdclone.server.buffers import PAGE, BufferPool
+from nbdclone.server.buffers import MIN_BUFFER, PAGE, BufferPool
 from nbdclone.server.errnos import describe, nbd_errno
 from nbdclone.server.export import Export
 from nbdclone.server.input import Input, ReceiveBuffer
@@ -108,7 +108,7 @@ class Session:
         self._output = Output(sock, loop, scratch.gather, scratch.buffers, self._on_room, self._lose)
         self._waiting: deque[tuple[int, int, int]] = deque()  # reads (cookie, offset, length), until there is room
         self._in_flight = 0  # requests that threads work on
-        self._reading = 0  # bytes that threads read
+        self._reading = 0  # bytes of buffers that threads read into
         self._held_writes = 0  # bytes of payload that threads write, or will
         self._draining = False  # no more requests: answer those there are, and end
         self._lost = False
@@ -276,12 +276,13 @@ class Session:
         taken = self._buffers.take(PAGE + length) if buffer is None else buffer
         view = memoryview(taken)
         clone = self._clone
+        held = max(length, MIN_BUFFER)
         self._in_flight += 1
-        self._reading += length
+        self._reading += held
 
         def done(_result: Any, error: BaseException | None) -> None:
             self._in_flight -= 1
-            self._reading -= length
+            self._reading -= held
             if error is not None or self._lost:
                 self._buffers.give(taken)
                 if error is not None:
@@ -318,13 +319,8 @@ class Session:
 
     def _write_in_thread(self, flags: int, cookie: int, offset: int, view: memoryview, buffer: mmap | None) -> None:
         length = len(view)
-        if buffer is None:
-            buffer = self._buffers.take(length)
-            kept = memoryview(buffer)[:length]
-            kept[:] = view
-        else:
-            kept = view
-        own = buffer
+        # Short ones, of which thousands may wait, are copied out of the shared buffer at their own size.
+        kept = memoryview(bytes(view)) if buffer is None else view
         clone = self._clone
         self._in_flight += 1
         self._held_writes += length
@@ -332,7 +328,7 @@ class Session:
 
         def done(result: Any, error: BaseException | None) -> None:
             self._held_writes -= length
-            self._buffers.give(own)
+            self._give_back(buffer)
             finish(result, error)
 
         self._export.change(lambda: clone.write(kept, offset), done)

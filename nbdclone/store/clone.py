@@ -32,6 +32,7 @@ from nbdclone.store.layer import (
     NOWHERE,
     SEGMENT_SIZE,
     Layer,
+    block_count,
     uniform,
     zero_runs,
 )
@@ -103,9 +104,13 @@ class Clone:
             count = end - first
             if owner and (count == 1 or owners.count(owner, first, end) == count):
                 position = offset + (segment + 1) * self._strides[owner]
-                if self._preadv(self._fds[owner], (view,), position, self._nowait) == length:
-                    return
-                raise BlockingIOError(errno.EAGAIN, "only a part is in memory")
+                try:
+                    if self._preadv(self._fds[owner], (view,), position, self._nowait) == length:
+                        return
+                except OSError as error:
+                    if error.errno != errno.EOPNOTSUPP:  # tmpfs, for one: it knows no RWF_NOWAIT
+                        raise
+                raise BlockingIOError(errno.EAGAIN, "not in memory, or only a part")
         self._read(view, offset, nowait=True)
 
     def _read(self, view: memoryview, offset: int, nowait: bool) -> None:
@@ -118,7 +123,7 @@ class Clone:
                 continue
             at = position + (position // SEGMENT_SIZE + 1) * self._strides[owner]
             if nowait:
-                if self._preadv(self._fds[owner], (part,), at, self._nowait) != length:
+                if self._fs.preadv_nowait(self._fds[owner], (part,), at) != length:
                     raise BlockingIOError(errno.EAGAIN, "only a part is in memory")
                 continue
             count = self._fs.pread_all(self._fds[owner], [part], at, length)
@@ -132,11 +137,13 @@ class Clone:
             segment = offset // SEGMENT_SIZE
             origin = segment * SEGMENT_SIZE
             stop = min(end, origin + SEGMENT_SIZE)
-            owners = self._owners_of(segment, nowait)
-            last = (stop - origin + BLOCK_MASK) >> BLOCK_SHIFT
-            for run in _RUN.finditer(owners, (offset - origin) >> BLOCK_SHIFT, last):
-                start = max(offset, origin + (run.start() << BLOCK_SHIFT))
-                yield run[0][0], start, min(stop, origin + (run.end() << BLOCK_SHIFT)) - start
+            first, last = (offset - origin) >> BLOCK_SHIFT, (stop - origin + BLOCK_MASK) >> BLOCK_SHIFT
+            # A copy: a write beside this may change the map between the finding of a run and the look at its owner.
+            owners = bytes(self._owners_of(segment, nowait)[first:last])
+            begin = origin + (first << BLOCK_SHIFT)
+            for run in _RUN.finditer(owners):
+                start = max(offset, begin + (run.start() << BLOCK_SHIFT))
+                yield run[0][0], start, min(stop, begin + (run.end() << BLOCK_SHIFT)) - start
             offset = stop
 
     def _owners_of(self, segment: int, nowait: bool) -> bytes | bytearray:
@@ -178,6 +185,8 @@ class Clone:
 
         The range must be inside the disk. Raises OSError, CloneFailed.
         """
+        if offset + length == self.size:  # the last block goes whole, although the disk may end within it
+            length = block_count(self.size) * BLOCK_SIZE - offset
         with self._changing:
             self._writable().require_sound()
             for start, count in _pieces(offset, length):
@@ -204,7 +213,9 @@ class Clone:
                 layer.close()
 
     def _write(self, view: memoryview, offset: int, nowait: bool) -> None:
-        with self._changing:
+        if not self._changing.acquire(blocking=not nowait):
+            raise BlockingIOError(errno.EAGAIN, "another change is under way, which may wait for a disk")
+        try:
             self._writable().require_sound()
             length = len(view)
             if not (offset | length) & BLOCK_MASK and offset % SEGMENT_SIZE + length <= SEGMENT_SIZE:
@@ -218,6 +229,8 @@ class Clone:
                     self._write_partial(part, start, nowait)
                 else:
                     self._write_blocks(part, start, nowait)
+        finally:
+            self._changing.release()
 
     def _write_blocks(self, view: memoryview, offset: int, nowait: bool) -> None:
         """Write whole blocks within one segment; those that hold only zeros become holes."""

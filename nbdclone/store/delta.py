@@ -15,8 +15,8 @@ bit is set and that was trimmed is a hole in the file, and reads as zeros: there
 
 **Two slots.** Header and map pages are written alternately to two places, each page with its sequence number and its
 checksum. A page that was torn by a power cut, or rots, fails its checksum, and the other slot holds the one before.
-A page that stays unchanged is copied to the other slot when the next sync comes by (``_unmirrored``), so that at rest
-both slots say the same and losing either loses nothing.
+A page is copied to the other slot too: at once if that holds nothing valid, otherwise when it was not changed again by
+the next flush, and at the close. So at rest both slots say the same, and losing either loses nothing.
 
 **The order of a flush**, which the comments in :meth:`Delta.flush` argue step by step: note the map as it is, sync the
 data, write the noted map, sync again.
@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import logging
 import os
 import struct
 import threading
@@ -46,6 +47,8 @@ from nbdclone.store.layer import (
     paint_bitmap,
     uniform,
 )
+
+logger = logging.getLogger("nbdclone")
 
 METADATA_SIZE = 1 << 20
 SEGMENT_SPAN = METADATA_SIZE + SEGMENT_SIZE
@@ -105,7 +108,8 @@ class Header:
             )
         own_id, parent_id, fingerprint, size, created = identity
         if block_size != BLOCK_SIZE or not MIN_SIZE <= size <= MAX_SIZE or size % SECTOR_SIZE or name_length > 255:
-            raise CorruptDelta(path, f"its header makes no sense (block size {block_size}, size {size})")
+            fields_read = f"block size {block_size}, size {size}, name of {name_length} bytes"
+            raise CorruptDelta(path, f"its header makes no sense ({fields_read})")
         parent_name = name[:name_length].decode(errors="replace")
         return cls(own_id, parent_id, fingerprint, size, created, parent_name, sequence)
 
@@ -140,6 +144,7 @@ class _Segment:
     bitmap: bytes | bytearray
     sequence: int
     slot: int
+    alone: bool  # the other slot holds nothing valid
     reserved: bool  # both slots have their space: writing the map will not meet a full disk
 
 
@@ -157,7 +162,7 @@ class Delta:
         self._fs = fs
         self._segments: dict[int, _Segment] = {}
         self._dirty: set[int] = set()
-        self._unmirrored: set[int] = set()
+        self._unmirrored: set[int] = set()  # whose other slot is not the same
         # True from the start: a process that was killed may have left acknowledged writes that are not durable yet.
         self._unsynced = True
         self._failure: str | None = None
@@ -201,11 +206,12 @@ class Delta:
         try:
             fs.lock(fd, path, what)
             status = fs.fstat(fd)
-            if not _still_there(path, status, fs):
+            if not fs.still_there(path, status):
                 raise NotFound(f"{what} was removed just now ({path})")
             header = read_header(fd, str(path), fs)
             if status.st_size < file_size(header.size):
                 raise CorruptDelta(str(path), f"truncated: {status.st_size} bytes of {file_size(header.size)}")
+            _renew_header(fd, path, header, fs)
         except BaseException:
             fs.close(fd)
             raise
@@ -316,23 +322,31 @@ class Delta:
         The copies are not synced here. A power cut that tears one leaves the newest durable page, which is never
         written over: a new page always goes to the other slot.
         """
+        due = set()
         for segment in noted:
             state = self._segments[segment]
             state.sequence += 1
             state.slot = 1 - state.slot
-        quiet = self._unmirrored - noted.keys()
-        self._unmirrored |= noted.keys()
+            if state.alone:
+                due.add(segment)
+        with self._lock:
+            due |= self._unmirrored - noted.keys()
+            self._unmirrored |= noted.keys()
         # A copy that fails is made later: the flush itself is done.
         with contextlib.suppress(OSError):
-            self._mirror(quiet)
+            self._mirror(due)
 
     def _mirror(self, segments: set[int]) -> None:
         for segment in segments:
-            state = self._segments[segment]
+            state = self._segments.get(segment)
+            if state is None:  # being loaded by another thread at this moment
+                continue
             start = segment * SEGMENT_SPAN
             page = read_page(self._fs, self.fd, start + MAP_SLOTS[state.slot], nowait=False)
             self._fs.pwrite_all(self.fd, page, start + MAP_SLOTS[1 - state.slot])
-            self._unmirrored.discard(segment)
+            state.alone = False
+            with self._lock:
+                self._unmirrored.discard(segment)
 
     def settle_all(self) -> None:
         """Flush, and leave each map page in both slots, durable: what a close does."""
@@ -358,22 +372,29 @@ class Delta:
         read = [decode_map_page(page, segment, self.header.id) for page in pages]
         for slot, (page, decoded) in enumerate(zip(pages, read, strict=True)):
             if decoded is None and page != _EMPTY_PAGE:
-                self.damaged_pages.append(f"map page of segment {segment}, slot {'AB'[slot]}")
+                self._note_damage(f"map page of segment {segment}, slot {'AB'[slot]}")
         valid = [(decoded[0], slot, decoded[1]) for slot, decoded in enumerate(read) if decoded is not None]
         if valid:
             sequence, slot, bitmap = max(valid)
-            return _Segment(bitmap, sequence, slot, reserved=True)
+            if read[0] != read[1]:
+                with self._lock:
+                    self._unmirrored.add(segment)
+            return _Segment(bitmap, sequence, slot, alone=len(valid) == 1, reserved=True)
         # Both slots empty: never written. One empty and one torn: its first write was cut off before it was durable.
         # Neither empty: something that was durable is gone.
         if _EMPTY_PAGE not in pages:
             raise CorruptDelta(str(self.path), f"both copies of the map page of segment {segment} fail their checksum")
-        return _Segment(EMPTY_BITMAP, sequence=0, slot=1, reserved=False)
+        return _Segment(EMPTY_BITMAP, sequence=0, slot=1, alone=True, reserved=False)
+
+    def _note_damage(self, what: str) -> None:
+        self.damaged_pages.append(what)
+        logger.warning("%s: the %s fails its checksum; the other slot serves", self.path, what)
 
 
 def read_page(fs: FileSystem, fd: int, offset: int, nowait: bool) -> bytes:
     """Read one page; zeros past the end of the file. BlockingIOError if ``nowait`` and it is not in memory."""
     page = bytearray(PAGE_SIZE)
-    if nowait and fs.preadv(fd, [page], offset, fs.NOWAIT) != PAGE_SIZE:
+    if nowait and fs.preadv_nowait(fd, [page], offset) != PAGE_SIZE:
         raise BlockingIOError(errno.EAGAIN, "not in memory")
     if not nowait:
         fs.pread_all(fd, [page], offset, PAGE_SIZE)
@@ -394,13 +415,16 @@ def read_header(fd: int, path: str, fs: FileSystem = FILE_SYSTEM) -> Header:
     return max(headers, key=lambda header: header.sequence)
 
 
-def _still_there(path: Path, status: os.stat_result, fs: FileSystem) -> bool:
-    """Is the file that was opened and locked the one of that name? A removal may have come in between."""
-    try:
-        now = fs.stat(path)
-    except FileNotFoundError:
-        return False
-    return (now.st_dev, now.st_ino) == (status.st_dev, status.st_ino)
+def _renew_header(fd: int, path: Path, header: Header, fs: FileSystem) -> None:
+    """Write the header again over a slot that lost it. The other slot, which is valid, is not touched."""
+    for slot in HEADER_SLOTS:
+        try:
+            Header.decode(read_page(fs, fd, slot, nowait=False), str(path))
+        except CorruptDelta as error:
+            logger.warning("%s (slot at %d); written again from the other", error, slot)
+            with contextlib.suppress(OSError):
+                fs.pwrite_all(fd, header.encode(), slot)
+                fs.datasync(fd)
 
 
 def _set_bits(bitmap: bytearray, first: int, last: int) -> None:

@@ -62,6 +62,15 @@ class FileSystem:
     # What preadv takes in order to answer EAGAIN rather than wait for the disk (man 2 preadv2).
     NOWAIT: int = os.RWF_NOWAIT
 
+    def preadv_nowait(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
+        """preadv that raises BlockingIOError where it would wait, and where the file system cannot say (tmpfs, NFS)."""
+        try:
+            return self.preadv(fd, buffers, offset, self.NOWAIT)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            raise BlockingIOError(errno.EAGAIN, "this file system cannot say whether it would wait") from None
+
     def punch(self, fd: int, offset: int, length: int) -> None:
         """Give the range back to the file system; it reads as zeros from now on.
 
@@ -106,6 +115,14 @@ class FileSystem:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+    def still_there(self, path: str | Path, status: os.stat_result) -> bool:
+        """Is the file that was opened, and then locked, the one of that name? A removal may have come in between."""
+        try:
+            now = self.stat(path)
+        except FileNotFoundError:
+            return False
+        return (now.st_dev, now.st_ino) == (status.st_dev, status.st_ino)
 
     def lock(self, fd: int, path: str | Path, what: str, *, shared: bool = False) -> None:
         """Take the advisory lock on an open file, or raise :class:`InUse` that names the holder.

@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -87,7 +88,7 @@ class BaseRecord:
             )
         except FileNotFoundError:
             raise NotFound(f"{path}: no such base") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise StorageError(f"{path}: damaged ({type(error).__name__}: {error})") from None
 
 
@@ -126,8 +127,11 @@ class Image:
             raise BaseChanged(f"base '{name}' is not there any more: {path} is missing") from None
         try:
             fs.lock(fd, path, f"base '{name}'", shared=True)
-            identity = Identity.of(fs.fstat(fd))
-            if identity != record.identity:
+            status = fs.fstat(fd)
+            if not fs.still_there(path, status):
+                raise BaseChanged(f"base '{name}' was removed or replaced just now ({path})")
+            identity = Identity.of(status)
+            if identity != record.identity or identity.size != record.size:
                 _verify(fd, name, directory, record)
                 record = replace(record, identity=identity)
                 _renew(directory, record, fs)
@@ -159,8 +163,8 @@ def _renew(directory: Path, record: BaseRecord, fs: FileSystem) -> None:
 
 def save(path: Path, content: bytes, fs: FileSystem = FILE_SYSTEM) -> None:
     """Put ``content`` in the file's place atomically: a crash leaves the old file or the new one, whole."""
-    draft = path.with_name(path.name + ".new")
-    fd = fs.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")  # of our own: another may save the same now
+    fd = fs.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         fs.pwrite_all(fd, content, 0)
         fs.sync(fd)  # before the rename: a name must never point at content that is not there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -66,7 +67,7 @@ def import_image(
             if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
                 raise InvalidImage(f"{source} was changed while it was imported: stop what writes to it, and try again")
         else:
-            _convert(source, image_format, target, progress)
+            _convert(source, image_format, target, progress, force)
             size, hashes = _take_converted(source, target, force, fs)
     finally:
         os.close(source_fd)
@@ -90,7 +91,8 @@ def detect_format(fd: int) -> str:
 
 def _open(source: Path) -> int:
     try:
-        fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+        # O_NONBLOCK: a FIFO is to be refused, not waited for.
+        fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise NotFound(f"{source}: no such file") from None
     except OSError as error:
@@ -193,7 +195,7 @@ def _write_manifest(path: Path, hashes: dict[int, bytes], size: int, fs: FileSys
         fs.close(fd)
 
 
-def _convert(source: Path, image_format: str, target: Path, progress: Progress | None) -> None:
+def _convert(source: Path, image_format: str, target: Path, progress: Progress | None, force: bool) -> None:
     """Have qemu-img make a raw image of it. The work is its own; what it complains of is passed on."""
     program = shutil.which("qemu-img")
     if program is None:
@@ -207,6 +209,8 @@ def _convert(source: Path, image_format: str, target: Path, progress: Progress |
     )
     if check.returncode not in _CHECK_PASSES:
         raise InvalidImage(f"{source} is damaged or truncated: {_complaint(check.stderr, check.stdout)}")
+    if not force:
+        _require_whole(program, source, name, image_format)
     process = subprocess.Popen(
         [program, "convert", "-p", "-f", image_format, "-O", "raw", name, str(target)],
         stdout=subprocess.PIPE,
@@ -226,6 +230,37 @@ def _convert(source: Path, image_format: str, target: Path, progress: Progress |
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+def _require_whole(program: str, source: Path, name: str, image_format: str) -> None:
+    """Raises InvalidImage if data of the image, or of one that it stands on, would lie beyond the end of its file.
+
+    qemu reads that as zeros. Its check lets the last cluster of a qcow2 or vmdk pass, and all of a vdi.
+    """
+    command = [program, "info", "-f", image_format, "--backing-chain", "--output=json", name]
+    info = subprocess.run(command, capture_output=True, text=True, check=False)
+    if info.returncode != 0:
+        raise InvalidImage(f"{source} cannot be read: {_complaint(info.stderr)}")
+    chain = json.loads(info.stdout)
+    ends = [0] * len(chain)  # by depth: how far into its file the data of each image reaches
+    command = [program, "map", "-f", image_format, "--output=json", name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:  # an extent on each: there may be millions
+            extent = json.loads(line.strip("[], \n") or "{}")
+            if extent.get("data") and not extent["zero"] and "offset" in extent:
+                ends[extent["depth"]] = max(ends[extent["depth"]], extent["offset"] + extent["length"])
+    for image, end in zip(chain, ends, strict=True):
+        details = image.get("format-specific", {}).get("data", {})
+        if "data-file" in details or details.get("create-type", "monolithicSparse") != "monolithicSparse":
+            continue  # the offsets are those of other files
+        with contextlib.suppress(OSError), open(image["filename"], "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            if end > size:
+                raise InvalidImage(
+                    f"{image['filename']} is truncated: it has {size} bytes, and its data reaches to {end} "
+                    f"(--force imports it all the same)"
+                )
 
 
 def _complaint(stderr: str, report: str = "") -> str:

@@ -108,9 +108,11 @@ class Pool:
             raise UsageError(f"{path} is not a directory")
         if pool.path.is_dir() and not set(os.listdir(path)) <= {"bases", "clones", ".lock", ".server", ".tmp"}:
             raise UsageError(f"{path} is not a pool, and not empty: give a directory of its own")
+        missing = [directory for directory in (pool.path, *pool.path.parents) if not directory.exists()]
         for directory in (pool._tmp, pool._bases, pool._clones):
             directory.mkdir(parents=True, exist_ok=True)
-        fs.sync_directory(pool.path)
+        for directory in (pool.path, *(directory.parent for directory in missing)):
+            fs.sync_directory(directory)
         return pool
 
     # Making
@@ -174,8 +176,7 @@ class Pool:
                 with self._changing():
                     self._require_free(names)
                     # Each is whole and durable already: a power cut in between leaves some of them, and no half one.
-                    for name in names:
-                        self._fs.rename(staging / name, self._clones / name)
+                    self._rename_all([(staging / name, self._clones / name) for name in names])
                 self._fs.sync_directory(self._clones)
         return [self._clone_info(name, {base.record.id: source}, {}) for name in names]
 
@@ -189,16 +190,14 @@ class Pool:
         with self._staging() as trash, contextlib.ExitStack() as held:
             with self._changing():
                 places = [self._place(name) for name in names]
-                self._refuse_dependants(names)
+                if any(place.parent == self._bases for place in places):
+                    self._refuse_dependants(names)
                 for name, place in zip(names, places, strict=True):
                     self._hold(name, place, held)
                 # Clones before bases: a power cut in between leaves no clone without its base.
-                for name, place in sorted(
-                    zip(names, places, strict=True), key=lambda pair: pair[1].parent == self._bases
-                ):
-                    if place.parent == self._bases:
-                        self._fs.sync_directory(self._clones)
-                    self._fs.rename(place, trash / name)
+                clones = [(place, trash / place.name) for place in places if place.parent == self._clones]
+                bases = [(place, trash / place.name) for place in places if place.parent == self._bases]
+                self._rename_all([*clones, *bases])
             self._fs.sync_directory(self._clones)
             self._fs.sync_directory(self._bases)
 
@@ -256,14 +255,16 @@ class Pool:
             os.close(fd)
 
     def _open_base(self, name: str) -> Image:
-        if not (self._bases / name).is_dir():
-            if (self._clones / name).is_dir():
-                raise UsageError(f"'{name}' is a clone: clones are made from bases")
-            raise NotFound(f"there is no base '{name}' in {self.path}")
-        return Image.open(name, self._bases / name, self._fs)
+        place = self._place(name)
+        if place.parent == self._clones:
+            raise UsageError(f"'{name}' is a clone: clones are made from bases")
+        return Image.open(name, place, self._fs)
 
     def _open_parent(self, clone: str, header: Header) -> Image:
-        parent = self._find_base(header)
+        try:
+            parent = self._find_base(header)
+        except NBDCloneError as error:
+            raise type(error)(f"clone '{clone}' is refused: its base '{header.parent_name}': {error}") from None
         if parent is None:
             raise BaseChanged(f"clone '{clone}': its base '{header.parent_name}' ({header.parent_id.hex()}) is missing")
         try:
@@ -279,11 +280,21 @@ class Pool:
         return base
 
     def _find_base(self, header: Header) -> str | None:
-        """The base of that id: under the name it had when the clone was made, else under any."""
+        """The base of that id: under the name it had when the clone was made, else under any.
+
+        Raises what is wrong with the base of that name, if it is no other.
+        """
+        problem: NBDCloneError | None = None
         for name in [header.parent_name, *self._names_in(self._bases)]:
-            with contextlib.suppress(NBDCloneError):
+            try:
                 if _NAME.fullmatch(name) and BaseRecord.load(self._bases / name / "base.json").id == header.parent_id:
                     return name
+            except NotFound:
+                pass
+            except NBDCloneError as error:
+                problem = error if name == header.parent_name else problem
+        if problem:
+            raise problem
         return None
 
     # The parts of a change
@@ -334,6 +345,21 @@ class Pool:
                 f"{what}: no space left in {self.path} ({free.f_bavail * free.f_frsize} bytes free); nothing was made"
             ) from None
 
+    def _rename_all(self, pairs: Sequence[tuple[Path, Path]]) -> None:
+        """Rename (from, to), all or, if one fails, none. Bases that go, go last, when their clones durably went."""
+        done: list[tuple[Path, Path]] = []
+        try:
+            for source, target in pairs:
+                if source.parent == self._bases:
+                    self._fs.sync_directory(self._clones)
+                self._fs.rename(source, target)
+                done.append((source, target))
+        except BaseException:
+            for source, target in reversed(done):
+                with contextlib.suppress(OSError):
+                    self._fs.rename(target, source)
+            raise
+
     def _require_free(self, names: Sequence[str]) -> None:
         for name in names:
             for directory, kind in ((self._bases, "base"), (self._clones, "clone")):
@@ -367,7 +393,7 @@ class Pool:
             for directory in (self._clones, self._bases):
                 if (directory / name).is_dir():
                     return directory / name
-        raise NotFound(f"there is no base or clone '{name[:100]}' in {self.path}")
+        raise NotFound(f"there is no base or clone {name[:100]!r} in {self.path}")
 
     def _names_in(self, directory: Path) -> list[str]:
         return [name for name in os.listdir(directory) if _NAME.fullmatch(name)]

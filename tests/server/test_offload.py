@@ -1,0 +1,168 @@
+"""The threads: every job is done, its outcome comes back on the loop, and nothing is left at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+import pytest
+from serving import PATIENCE_S, Gate, until
+
+from nbdclone.server.offload import MAX_THREADS, Offload
+
+
+@pytest.fixture
+async def offload() -> AsyncIterator[Offload]:
+    before = threading.active_count()
+    offload = Offload(asyncio.get_running_loop())
+    yield offload
+    offload.close()
+    assert threading.active_count() == before
+
+
+async def test_work_runs_in_a_thread_and_its_result_comes_back_on_the_loop(offload: Offload) -> None:
+    here = threading.get_ident()
+    came: list[tuple[Any, BaseException | None, int]] = []
+    offload.submit(threading.get_ident, lambda result, error: came.append((result, error, threading.get_ident())))
+    await until(lambda: bool(came))
+    [(there, error, heard)] = came
+    assert there != here
+    assert (error, heard) == (None, here)
+
+
+async def test_an_error_comes_back_as_it_was_raised(offload: Offload) -> None:
+    def fail() -> None:
+        raise OSError(5, "broken")
+
+    with pytest.raises(OSError, match="broken"):
+        await offload.run(fail)
+
+
+async def test_a_thousand_jobs_all_come_back(offload: Offload) -> None:
+    assert await asyncio.gather(*[offload.run(partial(pow, n, 2)) for n in range(1000)]) == [n * n for n in range(1000)]
+
+
+async def test_threads_are_started_as_they_are_needed_and_no_more_than_the_limit(offload: Offload) -> None:
+    before = threading.active_count()
+    for _ in range(10):
+        await offload.run(lambda: None)
+    assert threading.active_count() == before + 1
+    gate = Gate()
+    gate.close()
+    jobs = [asyncio.create_task(offload.run(gate.go_through)) for _ in range(3 * MAX_THREADS)]
+    await until(lambda: gate.waiting == MAX_THREADS)
+    assert threading.active_count() == before + MAX_THREADS
+    gate.open()
+    await asyncio.gather(*jobs)
+
+
+async def test_a_thread_that_has_finished_keeps_nothing_of_its_job_alive(offload: Offload) -> None:
+    class Buffer:
+        pass
+
+    buffer = Buffer()
+    watch = weakref.ref(buffer)
+    await offload.run(partial(id, buffer))
+    del buffer
+    await asyncio.sleep(0.05)
+    gc.collect()
+    assert watch() is None
+
+
+async def test_work_whose_waiter_was_cancelled_is_finished_and_its_result_disposed_of(offload: Offload) -> None:
+    gate = Gate()
+    gate.close()
+    disposed: list[str] = []
+
+    def work() -> str:
+        gate.go_through()
+        return "result"
+
+    waiting = asyncio.create_task(offload.run(work, abandoned=disposed.append))
+    await until(lambda: gate.waiting == 1)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert disposed == []
+    gate.open()
+    await until(lambda: disposed == ["result"])
+
+
+async def test_a_result_that_came_in_the_moment_of_the_cancelling_is_disposed_of(offload: Offload) -> None:
+    disposed: list[str] = []
+    done = threading.Event()
+
+    def work() -> str:
+        done.set()
+        return "result"
+
+    waiting = asyncio.create_task(offload.run(work, abandoned=disposed.append))
+    await asyncio.sleep(0)
+    assert done.wait(PATIENCE_S)
+    time.sleep(0.05)  # noqa: ASYNC251 - the outcome is there, and the loop has not heard of it
+    offload._deliver()
+    waiting.cancel()  # its future has its result already
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await until(lambda: disposed == ["result"])
+
+
+async def test_what_was_abandoned_is_disposed_of_before_the_threads_end() -> None:
+    before = threading.active_count()
+    offload = Offload(asyncio.get_running_loop())
+    disposed: list[str] = []
+
+    def work() -> str:
+        time.sleep(0.1)
+        return "result"
+
+    waiting = asyncio.create_task(offload.run(work, abandoned=disposed.append))
+    await asyncio.sleep(0.02)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    offload.close()
+    assert disposed == ["result"]
+    assert threading.active_count() == before
+    await asyncio.sleep(0.05)
+    assert disposed == ["result"]
+    assert threading.active_count() == before
+
+
+async def test_close_waits_for_the_jobs_that_were_given_before() -> None:
+    offload = Offload(asyncio.get_running_loop())
+    finished: list[int] = []
+
+    def work(number: int) -> None:
+        time.sleep(0.01)
+        finished.append(number)
+
+    for number in range(40):
+        offload.submit(partial(work, number), lambda _result, _error: None)
+    offload.close()
+    assert sorted(finished) == list(range(40))
+
+
+async def test_an_error_of_abandoned_work_is_nobodys(offload: Offload) -> None:
+    gate = Gate()
+    gate.close()
+    disposed: list[str] = []
+
+    def work() -> str:
+        gate.go_through()
+        raise OSError(5, "broken")
+
+    waiting = asyncio.create_task(offload.run(work, abandoned=disposed.append))
+    await until(lambda: gate.waiting == 1)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    gate.open()
+    await offload.run(lambda: None)
+    assert disposed == []
