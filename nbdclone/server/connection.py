@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ logger = logging.getLogger("nbdclone")
 # How long a client may take over its part of the handshake. Real ones take milliseconds.
 HANDSHAKE_DEADLINE_S = 10.0
 RECEIVE_SIZE = 64 << 10
+# How long, at a shutdown, a client may go on sending requests that are not taken any more.
+LINGER_S = 1.0
 
 
 class Connection:
@@ -37,6 +40,7 @@ class Connection:
         self._session: Session | None = None
         self._export: Export | None = None
         self._task: asyncio.Task[None] | None = None
+        self._drained = False  # it is the server that ends this connection
 
     async def serve(self) -> None:
         """Serve the client until it goes. Whatever happens stays with this connection."""
@@ -54,11 +58,14 @@ class Connection:
             try:
                 if self._export is not None:
                     await asyncio.shield(self._exports.release(self._export))
+                if self._session is not None and self._drained:
+                    await self._linger()
             finally:
                 self._sock.close()
 
     def drain(self) -> None:
         """Answer what was asked and end; a handshake ends at once."""
+        self._drained = True
         if self._session is not None:
             self._session.drain()
         elif self._task is not None:
@@ -68,6 +75,16 @@ class Connection:
         """End at once."""
         if self._session is not None:
             self._session.abandon()
+
+    async def _linger(self) -> None:
+        """Give the last replies time to arrive: closing a TCP socket that holds unread requests throws them away."""
+        if self._sock.family == socket.AF_UNIX:
+            return
+        with contextlib.suppress(OSError, TimeoutError):
+            self._sock.shutdown(socket.SHUT_WR)
+            async with asyncio.timeout(LINGER_S):
+                while await self._loop.sock_recv(self._sock, RECEIVE_SIZE):
+                    pass
 
     async def _serve(self) -> None:
         handshake = ServerHandshake()
@@ -112,5 +129,5 @@ class Connection:
             handshake.accept_export(ExportInfo(event.name, clone.size, transmission_flags(clone.read_only)))
             if event.purpose is Purpose.INFO:
                 self._export = None
-                await self._exports.release(export)
+                await asyncio.shield(self._exports.release(export))
         self._deadline += self._loop.time() - began

@@ -20,9 +20,10 @@ from nbdclone.store.pool import Pool
 
 logger = logging.getLogger("nbdclone")
 
-# A write that kept the loop longer than this met a disk that cannot follow (the kernel makes a writer wait when too
-# much is dirty). For the next while this clone's writes go through a thread, and wait there for nobody else.
-STALL_S = 0.005
+# A write that kept the loop longer than this met a disk that cannot follow (the kernel makes a writer wait for tens of
+# milliseconds when too much is dirty), and not just a busy processor. For the next while this clone's writes go through
+# a thread, and wait there for nobody else.
+STALL_S = 0.02
 STALLED_FOR_S = 0.5
 
 

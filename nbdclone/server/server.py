@@ -31,6 +31,10 @@ DRAIN_S = 5.0
 # A TCP client that vanished without a word is noticed after about this many seconds.
 KEEPALIVE_S = 60
 
+# Half of what may be on its way to a client (the kernel doubles it, and cuts it to net.core.wmem_max): a Unix socket's
+# usual 208 KiB, not doubled, do not hold a read of 256 KiB, which then takes another wake-up for its second half.
+SEND_BUFFER = 256 << 10
+
 
 class Server:
     """Serves every clone and base of a pool. An async context manager: entered, it listens; left, it has flushed.
@@ -126,7 +130,10 @@ class Server:
     def _begin(self, sock: socket.socket, address: object) -> None:
         sock.setblocking(False)
         peer = "unix"
-        if sock.family != socket.AF_UNIX:
+        if sock.family == socket.AF_UNIX:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        else:  # whose buffers grow by themselves, unless they are set
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

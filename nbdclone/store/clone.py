@@ -33,6 +33,7 @@ from nbdclone.store.layer import (
     SEGMENT_SIZE,
     Layer,
     block_count,
+    may_hold_zeros,
     uniform,
     zero_runs,
 )
@@ -234,7 +235,7 @@ class Clone:
 
     def _write_blocks(self, view: memoryview, offset: int, nowait: bool) -> None:
         """Write whole blocks within one segment; those that hold only zeros become holes."""
-        if 0 not in bytes(view[::BLOCK_SIZE]):  # no block begins with a zero: none can be all zeros
+        if not may_hold_zeros(view):
             self._store(view, offset, nowait)
             return
         for zero, start, end in zero_runs(view):

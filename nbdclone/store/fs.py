@@ -195,7 +195,7 @@ def describe_process(pid: int) -> str:
         return f"this process ({pid})"
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
-            words = file.read().replace(b"\0", b" ").decode(errors="replace").strip()
+            words = " ".join(file.read().replace(b"\0", b" ").decode(errors="replace").split())
     except OSError:
         return f"process {pid}"
     return f"process {pid} ({words[:100]})" if words else f"process {pid}"

@@ -80,6 +80,17 @@ def is_zero(data: bytes | bytearray | memoryview) -> bool:
     return data[0] == 0 and data[-1] == 0 and bytes(data) == bytes(len(data))
 
 
+def may_hold_zeros(view: memoryview) -> bool:
+    """Can one of these whole blocks be all zeros? False for nearly all data: a block of zeros begins and ends with one.
+
+    Much data begins with a zero byte (offsets, lengths, sparse tables), so looking at one end alone does not tell.
+    """
+    if len(view) == BLOCK_SIZE:
+        return not (view[0] or view[-1])
+    ends = int.from_bytes(view[::BLOCK_SIZE], "little") | int.from_bytes(view[BLOCK_SIZE - 1 :: BLOCK_SIZE], "little")
+    return 0 in ends.to_bytes(len(view) >> BLOCK_SHIFT, "little")
+
+
 def zero_runs(view: memoryview) -> Iterator[tuple[bool, int, int]]:
     """Divide ``view``, whose last block may be partial, into runs of blocks: (all zeros?, start, end) in bytes."""
     kinds = bytes(is_zero(view[at : at + BLOCK_SIZE]) for at in range(0, len(view), BLOCK_SIZE))

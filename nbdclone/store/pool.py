@@ -37,7 +37,7 @@ from nbdclone.errors import (
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta, Header, read_header
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem, describe_process, lock_holders
-from nbdclone.store.image import BaseRecord, Image, Progress
+from nbdclone.store.image import BaseRecord, Identity, Image, Progress
 from nbdclone.store.importing import import_image
 from nbdclone.store.layer import MAX_SIZE, MIN_SIZE, SECTOR_SIZE
 
@@ -402,18 +402,19 @@ class Pool:
         place = self._bases / name
         try:
             record = BaseRecord.load(place / "base.json")
-            allocated = os.stat(place / "image").st_blocks * 512
+            status = os.stat(place / "image")
         except (NBDCloneError, OSError) as error:
             return BaseInfo(name, "", 0, 0, 0.0, "", "", clones, error=str(error))
         return BaseInfo(
             name,
             record.id.hex(),
             record.size,
-            allocated,
+            status.st_blocks * 512,
             record.created / 1e9,
             record.fingerprint.hex(),
             record.source,
             clones,
+            None if Identity.of(status) == record.identity else "changed, moved or copied: verified when it is opened",
         )
 
     def _clone_info(self, name: str, bases: dict[bytes, str], locks: dict[tuple[int, int], int]) -> CloneInfo:
