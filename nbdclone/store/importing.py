@@ -250,6 +250,8 @@ def _require_whole(program: str, source: Path, name: str, image_format: str) -> 
             extent = json.loads(line.strip("[], \n") or "{}")
             if extent.get("data") and not extent["zero"] and "offset" in extent:
                 ends[extent["depth"]] = max(ends[extent["depth"]], extent["offset"] + extent["length"])
+    if process.returncode != 0:
+        raise InvalidImage(f"{source} cannot be read: qemu-img map fails")
     for image, end in zip(chain, ends, strict=True):
         details = image.get("format-specific", {}).get("data", {})
         if "data-file" in details or details.get("create-type", "monolithicSparse") != "monolithicSparse":

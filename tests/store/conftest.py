@@ -1,0 +1,60 @@
+"""What the tests of the store share: a pool with a base, and the hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import pytest
+from powercut import stamp
+
+from nbdclone.store.pool import Pool
+
+# HYPOTHESIS_PROFILE=long looks for longer; the usual run is the same each time.
+hypothesis.settings.register_profile(
+    "ci", max_examples=150, stateful_step_count=20, deadline=None, derandomize=True, database=None
+)
+hypothesis.settings.register_profile("long", max_examples=3000, stateful_step_count=80, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+BASE_SIZE = 1 << 20
+
+
+@pytest.fixture(scope="session")
+def content() -> bytes:
+    """1 MiB of which every sector is another."""
+    return b"".join(stamp(1, sector) for sector in range(BASE_SIZE // 512))
+
+
+@pytest.fixture
+def source(tmp_path: Path, content: bytes) -> Path:
+    path = tmp_path / "source.img"
+    path.write_bytes(content)
+    return path
+
+
+@pytest.fixture
+def empty_pool(tmp_path: Path) -> Pool:
+    return Pool.open(tmp_path / "pool", create=True)
+
+
+@pytest.fixture
+def pool(empty_pool: Pool, source: Path) -> Pool:
+    """A pool with a base called 'base'."""
+    empty_pool.import_base(source, "base")
+    return empty_pool
+
+
+@pytest.fixture(scope="session")
+def require() -> Callable[[bool, str], None]:
+    """``require(present, reason)``: skip where it is missing on a developer's machine, fail in CI."""
+
+    def require(present: bool, reason: str) -> None:
+        if not present and os.environ.get("CI"):
+            pytest.fail(f"CI has to have it: {reason}")
+        if not present:
+            pytest.skip(reason)
+
+    return require

@@ -1,0 +1,286 @@
+"""Power cuts under a clone: a workload on the simulated disk, and law 4 as a ledger that knows nothing of the store."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from simulated import SECTOR, ZEROS, File, SimulatedFileSystem
+
+from nbdclone.errors import CloneFailed, NBDCloneError
+from nbdclone.store.clone import Clone
+from nbdclone.store.delta import Delta, Header
+from nbdclone.store.image import BaseRecord, Identity, Image
+from nbdclone.store.layer import BLOCK_SIZE, SEGMENT_SIZE
+
+# The base ends within a block of the second segment, the clone within another.
+BASE_SIZE = SEGMENT_SIZE + 3 * BLOCK_SIZE + 1536
+SIZE = SEGMENT_SIZE + 6 * BLOCK_SIZE + 512
+# The parts of the disk that are used: its begin, and from before the border of the segments to its end.
+WINDOWS = ((0, 6 * BLOCK_SIZE), (SEGMENT_SIZE - 2 * BLOCK_SIZE, SIZE))
+SECTORS = tuple(number for start, end in WINDOWS for number in range(start // SECTOR, end // SECTOR))
+
+DELTA_PATH = Path("/delta")
+
+
+class Stop(BaseException):
+    """The process ends here: killed, or by a power cut."""
+
+
+class LawBroken(AssertionError):
+    """A sector holds what it may not."""
+
+
+def stamp(number: int, sector: int) -> bytes:
+    """512 bytes that no other write, no other sector and no hole has."""
+    return (number.to_bytes(4, "big") + (sector + 1).to_bytes(4, "big")) * (SECTOR // 8)
+
+
+class Ledger:
+    """For each sector, what it may hold after a power cut: the last durable content, or that of any later write."""
+
+    def __init__(self) -> None:
+        ends = BASE_SIZE // SECTOR
+        self._versions = {n: [(0, stamp(0, n) if n < ends else ZEROS)] for n in SECTORS}
+        self._finished = {0}
+        self._number = 0
+
+    def begin(self, offset: int, data: bytes) -> int:
+        """A write is sent. From now on its content may be there."""
+        self._number += 1
+        first = offset // SECTOR
+        end = -(-(offset + len(data)) // SECTOR)
+        whole = bytearray(b"".join(self.latest(number) for number in range(first, end)))
+        lead = offset - first * SECTOR
+        whole[lead : lead + len(data)] = data
+        for at in range(0, len(whole), SECTOR):
+            self._versions[first + at // SECTOR].append((self._number, bytes(whole[at : at + SECTOR])))
+        return self._number
+
+    def finish(self, number: int) -> None:
+        """The write is acknowledged."""
+        self._finished.add(number)
+
+    def begin_flush(self) -> frozenset[int]:
+        return frozenset(self._finished)
+
+    def finish_flush(self, finished: frozenset[int]) -> None:
+        """The flush is acknowledged: nothing older than what was acknowledged when it was sent may come back."""
+        for versions in self._versions.values():
+            last = max(index for index, (number, _) in enumerate(versions) if number in finished)
+            del versions[:last]
+
+    def latest(self, sector: int) -> bytes:
+        return self._versions[sector][-1][1]
+
+    def observe(self, contents: dict[int, bytes], *, durable: bool) -> None:
+        """The sectors as they were found when nothing was under way: what one holds is its newest content."""
+        self._number += 1
+        self._finished.add(self._number)
+        for sector, content in contents.items():
+            self.check(sector, content)
+            self._versions[sector].append((self._number, content))
+            if durable:
+                del self._versions[sector][:-1]
+
+    def check(self, sector: int, content: bytes) -> None:
+        versions = [version for _, version in self._versions[sector]]
+        if content not in versions:
+            raise LawBroken(f"sector {sector} holds {_shown(content)}, and may hold {[*map(_shown, versions)]}")
+
+
+def _shown(content: bytes) -> str:
+    number, sector = int.from_bytes(content[:4], "big"), int.from_bytes(content[4:8], "big")
+    if content == ZEROS:
+        return "zeros"
+    return f"write {number}" if content == stamp(number, sector - 1) else content[:24].hex()
+
+
+def read_sectors(clone: Clone) -> dict[int, bytes]:
+    data = b"".join(clone.pread(end - start, start) for start, end in WINDOWS)
+    return {sector: data[at * SECTOR : (at + 1) * SECTOR] for at, sector in enumerate(SECTORS)}
+
+
+def base_file() -> File:
+    contents = {number: stamp(0, number) for number in SECTORS if number < BASE_SIZE // SECTOR}
+    return File(BASE_SIZE, contents, BASE_SIZE, contents)
+
+
+def simulated_disk() -> SimulatedFileSystem:
+    """A disk with a base and a delta over it, which has nothing yet."""
+    fs = SimulatedFileSystem()
+    fs.add_file("/base", base_file())
+    Delta.create(DELTA_PATH, Header(b"I" * 16, b"P" * 16, bytes(32), SIZE, 0, "base"), fs)
+    fs.tree.make_durable()
+    return fs
+
+
+def open_clone(fs: SimulatedFileSystem) -> Clone:
+    record = BaseRecord(bytes(16), BASE_SIZE, bytes(32), 0, "", Identity(BASE_SIZE, 0, 0, 0))
+    image = Image("base", Path("/"), record, fs.open("/base", 0), fs)
+    return Clone("clone", [image, Delta.open(DELTA_PATH, "clone 'clone'", fs)], fs)
+
+
+class Campaign:
+    """One seeded life of a clone, through several openings, with a look at torn states at every step of it."""
+
+    def __init__(self, seed: int, *, states_per_step: int = 3, errors: bool = True) -> None:
+        self.seed = seed
+        self.states = 0
+        self._states_per_step = states_per_step
+        self._errors = errors
+        self._rng = random.Random(seed)
+        self._ledger = Ledger()
+        self._fs = simulated_disk()
+        self._clone: Clone
+        self._doing = ""  # "write" or "flush": what the client waits for
+        self._nested = False
+        self._deadly = False
+        self._failed = False
+
+    def run(self, openings: int = 4, operations: int = 12) -> None:
+        """Raises LawBroken, with the seed in its message."""
+        try:
+            for _ in range(openings):
+                self._live(operations)
+        except (LawBroken, NBDCloneError) as error:
+            raise LawBroken(f"seed {self.seed}, state {self.states}: {error}") from error
+
+    # The life of one process
+
+    def _live(self, operations: int) -> None:
+        self._fs.on_step = self._at_step
+        self._fs.rng = self._rng
+        self._clone = open_clone(self._fs)
+        self._ledger.observe(read_sectors(self._clone), durable=False)
+        end = self._rng.choice(["close", "kill", "power cut", "power cut"])
+        try:
+            for count in range(operations):
+                self._deadly = end != "close" and count == operations - 1
+                self._operate()
+            if end == "close":
+                self._close()
+        except Stop:
+            if self._failed:
+                self._fs.on_step = lambda what: self._examine()
+                with contextlib.suppress(CloneFailed, OSError):
+                    self._clone.close()
+        self._doing, self._nested, self._deadly, self._failed = "", False, False, False
+        self._fs.die()
+        if end == "power cut":
+            self._fs = self._fs.crash(self._rng)
+            self._ledger.observe(self._look(self._fs), durable=True)
+            self._fs.die()
+
+    def _close(self) -> None:
+        finished = self._ledger.begin_flush()
+        try:
+            self._clone.close()
+        except (OSError, CloneFailed):
+            raise Stop from None
+        self._ledger.finish_flush(finished)
+        self._examine()
+
+    def _operate(self) -> None:
+        try:
+            if self._rng.random() < 0.3:
+                self._flush()
+            else:
+                self._write()
+        except (CloneFailed, OSError) as error:
+            if isinstance(error, CloneFailed) or error.errno != errno.ENOSPC:
+                self._give_up()
+            self._ledger.observe(read_sectors(self._clone), durable=False)
+        if self._rng.random() < 0.1:
+            for sector, content in read_sectors(self._clone).items():
+                if content != self._ledger.latest(sector):
+                    raise LawBroken(f"sector {sector} is read as {_shown(content)}, not as it was written last")
+
+    def _give_up(self) -> NoReturn:
+        """An error that does not pass by itself: the clone is closed, and opened again."""
+        self._failed = True
+        raise Stop
+
+    def _write(self) -> None:
+        start, end = self._rng.choice(WINDOWS)
+        if self._rng.random() < 0.5:
+            offset = self._rng.randrange(start, end, SECTOR)
+            length = self._rng.choice([1, 2, 7, 8, 8, 9, 16, 24]) * SECTOR
+        else:
+            offset = self._rng.randrange(start, end)
+            length = self._rng.choice([1, 100, 512, 4096, 9000])
+        length = min(length, end - offset)
+        kind = self._rng.random()
+        before, self._doing = self._doing, "write"
+        try:
+            if kind < 0.75:
+                self._send(offset, self._data(offset, length), zero=False)
+            else:
+                self._send(offset, bytes(length), zero=kind < 0.95, allocate=kind < 0.82)
+        finally:
+            self._doing = before
+
+    def _data(self, offset: int, length: int) -> bytes:
+        number = self._ledger._number + 1
+        first = offset // SECTOR
+        end = -(-(offset + length) // SECTOR)
+        return b"".join(stamp(number, sector) for sector in range(first, end))[offset % SECTOR :][:length]
+
+    def _send(self, offset: int, data: bytes, *, zero: bool, allocate: bool = False) -> None:
+        number = self._ledger.begin(offset, data)
+        if zero:
+            self._clone.zero(offset, len(data), allocate=allocate)
+        else:
+            self._clone.pwrite(data, offset)
+        self._ledger.finish(number)
+
+    def _flush(self) -> None:
+        before, self._doing = self._doing, "flush"
+        try:
+            finished = self._ledger.begin_flush()
+            self._clone.flush()
+            self._ledger.finish_flush(finished)
+        finally:
+            self._doing = before
+
+    # What happens in between
+
+    def _at_step(self, what: str) -> None:
+        self._examine()
+        chance = self._rng.random()
+        if self._deadly and chance < 0.4:
+            raise Stop
+        if self._errors and chance > 0.95 and what in ("write", "allocate"):
+            raise OSError(errno.ENOSPC, "no space left")
+        if self._errors and chance > 0.95 and what == "sync":
+            raise OSError(errno.EIO, "the disk does not answer")
+        if not self._nested and 0.5 < chance < 0.75:
+            self._meanwhile()
+
+    def _meanwhile(self) -> None:
+        """While a flush runs, a write comes and is done; while a write runs, a flush."""
+        other: Callable[[], None] | None = {"flush": self._write, "write": self._flush}.get(self._doing)
+        if other:
+            self._nested = True
+            try:
+                other()
+            except (OSError, CloneFailed):
+                self._give_up()
+            finally:
+                self._nested = False
+
+    def _examine(self) -> None:
+        for _ in range(self._states_per_step):
+            self._look(self._fs.crash(self._rng))
+
+    def _look(self, fs: SimulatedFileSystem) -> dict[int, bytes]:
+        """Open the clone in a state that a power cut left, and hold every sector against the ledger."""
+        self.states += 1
+        found = read_sectors(open_clone(fs))
+        for sector, content in found.items():
+            self._ledger.check(sector, content)
+        return found

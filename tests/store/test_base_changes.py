@@ -1,0 +1,213 @@
+"""Law 1: a base that is not what it was is noticed at its opening, and its clones are refused with the difference."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nbdclone.errors import BaseChanged, NBDCloneError
+from nbdclone.store import image as image_module
+from nbdclone.store.image import CHUNK_SIZE, BaseRecord
+from nbdclone.store.pool import Pool
+
+CHUNKS = 3
+SIZE = CHUNKS * CHUNK_SIZE + 512
+
+
+@pytest.fixture
+def image(empty_pool: Pool, tmp_path: Path) -> Path:
+    """The image of a base of three chunks and a bit, which has a clone; the second chunk is a hole."""
+    source = tmp_path / "debian.img"
+    with open(source, "wb") as file:
+        file.truncate(SIZE)
+        os.pwrite(file.fileno(), b"first", 0)
+        os.pwrite(file.fileno(), b"third", 2 * CHUNK_SIZE)
+        os.pwrite(file.fileno(), b"last", SIZE - 4)
+    empty_pool.import_base(source)
+    empty_pool.create_clones("debian", ["web1"])
+    path = empty_pool.path / "bases" / "debian" / "image"
+    path.chmod(0o644)
+    empty_pool.open_clone("web1").close()
+    time.sleep(0.02)  # longer than the file system's clock stands still
+    return path
+
+
+@pytest.fixture
+def refusal(empty_pool: Pool) -> Callable[[], str]:
+    """Why the clone is refused. The base alone is refused as well, and so is a new clone."""
+
+    def refusal() -> str:
+        with pytest.raises(BaseChanged, match="base 'debian'"):
+            empty_pool.open_clone("debian")
+        with pytest.raises(BaseChanged, match="base 'debian'"):
+            empty_pool.create_clones("debian", ["web2"])
+        with pytest.raises(BaseChanged) as caught:
+            empty_pool.open_clone("web1")
+        message = str(caught.value)
+        assert "clone 'web1'" in message
+        assert "'debian'" in message
+        assert "\n" not in message
+        return message
+
+    return refusal
+
+
+def write(path: Path, offset: int, content: bytes) -> None:
+    with open(path, "r+b") as file:
+        os.pwrite(file.fileno(), content, offset)
+
+
+@pytest.mark.parametrize(
+    ("offset", "expected"),
+    [
+        (0, "bytes 0-4194303"),
+        (CHUNK_SIZE - 1, "bytes 0-4194303"),
+        (CHUNK_SIZE + 77, "bytes 4194304-8388607"),
+        (SIZE - 1, "bytes 12582912-12583423"),
+    ],
+)
+def test_one_changed_byte_is_noticed_and_its_place_named(
+    image: Path, refusal: Callable[[], str], offset: int, expected: str
+) -> None:
+    write(image, offset, b"!")
+    assert refusal().endswith(f"its content differs in {expected}")
+
+
+def test_all_places_are_counted_and_three_of_them_named(image: Path, refusal: Callable[[], str]) -> None:
+    for offset in (0, CHUNK_SIZE, 2 * CHUNK_SIZE, SIZE - 1):
+        write(image, offset, b"!")
+    assert refusal().endswith("in bytes 0-4194303, 4194304-8388607, 8388608-12582911 and 1 more")
+
+
+def test_an_edit_is_noticed_although_the_time_of_change_was_put_back(image: Path, refusal: Callable[[], str]) -> None:
+    before = image.stat()
+    write(image, 1, b"!")
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert image.stat().st_mtime_ns == before.st_mtime_ns
+    assert "differs in bytes 0-4194303" in refusal()
+
+
+def test_zeros_where_data_was_are_noticed(image: Path, refusal: Callable[[], str]) -> None:
+    write(image, 2 * CHUNK_SIZE, bytes(5))
+    assert "differs in bytes 8388608-12582911" in refusal()
+
+
+@pytest.mark.parametrize(("size", "kind"), [(SIZE - 512, "truncated"), (0, "truncated"), (SIZE + 512, "grown")])
+def test_another_length_is_noticed_and_said(image: Path, refusal: Callable[[], str], size: int, kind: str) -> None:
+    os.truncate(image, size)
+    assert f"it was {kind}, from {SIZE} to {size} bytes" in refusal()
+
+
+def test_another_file_in_its_place_is_noticed(image: Path, refusal: Callable[[], str]) -> None:
+    other = image.with_name("other")
+    other.write_bytes(b"other".ljust(SIZE, b"!"))
+    other.rename(image)
+    assert "its content differs in bytes 0-4194303" in refusal()
+
+
+def test_a_change_is_noticed_without_a_manifest_too(image: Path, refusal: Callable[[], str]) -> None:
+    (image.parent / "manifest").unlink()
+    write(image, 0, b"!")
+    assert "its content differs" in refusal()
+
+
+def test_a_missing_image_is_said(empty_pool: Pool, image: Path) -> None:
+    image.unlink()
+    with pytest.raises(
+        BaseChanged, match=r"clone 'web1' is refused: base 'debian' is not there any more: .*image is mi"
+    ):
+        empty_pool.open_clone("web1")
+
+
+def test_a_missing_base_is_said(empty_pool: Pool, image: Path) -> None:
+    shutil.rmtree(image.parent)
+    with pytest.raises(BaseChanged, match=r"clone 'web1': its base 'debian' \([0-9a-f]{32}\) is missing"):
+        empty_pool.open_clone("web1")
+
+
+def test_another_base_of_the_same_name_is_not_taken_for_it(empty_pool: Pool, image: Path, tmp_path: Path) -> None:
+    shutil.rmtree(image.parent)
+    empty_pool.import_base(tmp_path / "debian.img")
+    with pytest.raises(BaseChanged, match=r"clone 'web1': its base 'debian' .* is missing"):
+        empty_pool.open_clone("web1")
+
+
+def test_a_base_with_the_right_id_and_another_fingerprint_is_refused(empty_pool: Pool, image: Path) -> None:
+    """Imported anew, with the old id written into its record."""
+    record = image.parent / "base.json"
+    write(image, 0, b"!")
+    fields = json.loads(record.read_text())
+    status = image.stat()
+    fields["identity"] |= {"mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
+    fields["fingerprint"] = "ab" * 32
+    record.write_text(json.dumps(fields))
+    with pytest.raises(BaseChanged, match=r"clone 'web1' is refused.*fingerprint [0-9a-f]{16}, .*abababababababab"):
+        empty_pool.open_clone("web1")
+
+
+def test_a_base_whose_directory_was_renamed_is_found_by_its_id(empty_pool: Pool, image: Path) -> None:
+    image.parent.rename(image.parent.with_name("debian-12"))
+    with empty_pool.open_clone("web1") as clone:
+        assert clone.pread(5, 0) == b"first"
+
+
+def count_hashing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+    hash_image = image_module.hash_image
+    monkeypatch.setattr(image_module, "hash_image", lambda fd, size: (calls.append(fd), hash_image(fd, size))[1])
+    return calls
+
+
+def test_a_copy_of_a_pool_is_hashed_once_and_then_taken_as_it_is(
+    empty_pool: Pool, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = count_hashing(monkeypatch)
+    shutil.copytree(empty_pool.path, tmp_path / "copy")
+    copy = Pool.open(tmp_path / "copy")
+    for _ in range(2):
+        with copy.open_clone("web1") as clone:
+            assert clone.pread(4, SIZE - 4) == b"last"
+        assert len(calls) == 1
+    copied = copy.path / "bases" / "debian" / "image"
+    assert BaseRecord.load(copied.with_name("base.json")).identity.inode == copied.stat().st_ino
+
+
+def test_an_untouched_base_is_not_hashed(empty_pool: Pool, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_hashing(monkeypatch)
+    empty_pool.open_clone("web1").close()
+    empty_pool.create_clones("debian", ["web2"])
+    assert calls == []
+
+
+def test_a_base_that_was_made_right_again_is_accepted(empty_pool: Pool, image: Path) -> None:
+    write(image, 0, b"!")
+    with pytest.raises(BaseChanged):
+        empty_pool.open_clone("web1")
+    write(image, 0, b"f")
+    empty_pool.open_clone("web1").close()
+
+
+def test_a_pool_that_cannot_be_written_does_not_refuse_its_bases(
+    empty_pool: Pool, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    os.utime(image)
+    monkeypatch.setattr(image_module, "save", refuse)
+    empty_pool.open_clone("debian").close()
+
+
+def test_one_bad_base_does_not_hurt_clones_of_others(empty_pool: Pool, image: Path, tmp_path: Path) -> None:
+    empty_pool.import_base(tmp_path / "debian.img", "sound")
+    empty_pool.create_clones("sound", ["web2"])
+    (image.parent / "base.json").write_text("rubbish")
+    empty_pool.open_clone("web2").close()
+    with pytest.raises(NBDCloneError):
+        empty_pool.open_clone("web1")
