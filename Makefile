@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint types unit integration bench format clean
+.PHONY: help demo test packages lint types unit integration bench powercut format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p; s/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -47,6 +47,10 @@ integration: $(STAMP) ## the tests with other people's programs
 
 bench: $(STAMP) ## nbdclone beside other servers; docs/benchmarks.md says how to read it
 	$(BIN)/python -m integration.bench
+
+powercut: $(STAMP) ## a longer campaign of simulated power cuts; docs/durability.md has the counts
+	POWERCUT_CAMPAIGNS=900 POOL_STATES_PER_STEP=300 $(BIN)/pytest -rP --timeout 3600 \
+		tests/store/test_powercut.py tests/store/test_atomic.py
 
 format: $(STAMP) ## ruff, put right
 	$(BIN)/ruff check --fix .

@@ -353,7 +353,9 @@ class Delta:
         self.flush()
         with self._flushing:
             if self._unmirrored:
-                self._mirror(set(self._unmirrored))
+                # Everything is durable already: a copy that cannot be made (a full disk) is no reason to fail.
+                with contextlib.suppress(OSError):
+                    self._mirror(set(self._unmirrored))
                 self._sync()
 
     # Loading

@@ -86,6 +86,9 @@ def detect_format(fd: int) -> str:
     for offset, magic, name in _SIGNATURES:
         if head[offset : offset + len(magic)] == magic:
             return name
+    end = os.lseek(fd, 0, os.SEEK_END)
+    if end >= 512 and os.pread(fd, 8, end - 512) == b"conectix":
+        return "vpc"  # a VHD of fixed size: the raw image, and a footer of 512 bytes
     return "raw"
 
 

@@ -222,6 +222,7 @@ FORMATS = {
     "vhdx": (),
     "vdi": (),
     "vpc": ("-o", "force_size=on"),
+    "vpc fixed": ("-o", "force_size=on,subformat=fixed"),
 }
 DISK = 3 * MIB
 
@@ -262,7 +263,8 @@ def cuts(length: int) -> list[int]:
     return [1, 512, 4096, 20_000, 40_000, 70_000, length // 3, length // 2, length - 1000, length - 512, length - 4]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FORMATS if "Flat" not in kind])
+# Without its end, a VHD of fixed size is a raw image like any other.
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if "Flat" not in kind and "fixed" not in kind])
 def test_a_truncated_image_never_becomes_a_base_with_zeros_in_place_of_its_data(
     empty_pool: Pool, converted: Callable[[str], Path], disk: bytes, kind: str
 ) -> None:
