@@ -210,21 +210,25 @@ class Pool:
     def entries(self) -> list[BaseInfo | CloneInfo]:
         """Every base and clone, sorted by name. One that is damaged is listed with its ``error``."""
         bases: dict[bytes, str] = {}
-        children: dict[str, list[str]] = {name: [] for name in self._names_in(self._bases)}
-        for name in children:
+        base_names = self._names_in(self._bases)
+        children: dict[str, list[str]] = {name: [] for name in base_names}
+        for name in base_names:
             with contextlib.suppress(NBDCloneError):
                 bases[BaseRecord.load(self._bases / name / "base.json").id] = name
         locks = lock_holders()
         clones = [self._clone_info(name, bases, locks) for name in sorted(self._names_in(self._clones))]
         for clone in clones:
             children.setdefault(clone.parent, []).append(clone.name)
-        infos = [self._base_info(name, tuple(children[name])) for name in self._names_in(self._bases)]
+        infos = [self._base_info(name, tuple(children[name])) for name in base_names]
         return sorted([*infos, *clones], key=lambda info: info.name)
 
     def info(self, name: str) -> BaseInfo | CloneInfo:
         """One base or clone. Raises NotFound."""
         self._place(name)
-        return next(info for info in self.entries() if info.name == name)
+        for entry in self.entries():
+            if entry.name == name:
+                return entry
+        raise NotFound(f"'{name}' was removed just now")
 
     # Opening
 
