@@ -121,7 +121,7 @@ class Connection:
         except (NBDCloneError, OSError) as error:
             unknown = isinstance(error, (NotFound, InvalidName))
             if not unknown:
-                logger.error("%s: export '%s' is refused: %s", self._peer, event.name[:100], describe(error))
+                logger.error("%s: export '%s': %s", self._peer, event.name[:100], describe(error))
             handshake.refuse_export(describe(error), NBD_REP_ERR_UNKNOWN if unknown else NBD_REP_ERR_POLICY)
         else:
             self._export = export

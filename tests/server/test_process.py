@@ -208,7 +208,7 @@ async def test_the_clones_of_a_base_that_was_edited_are_refused_by_a_server_that
         status, err = end(process)
         assert status == 0
         assert len(err.splitlines()) == 2
-        assert "export 'web1' is refused: clone 'web1' is refused: base 'base' was changed" in err
+        assert "export 'web1': clone 'web1' is refused: base 'base' was changed" in err
 
 
 async def test_without_descriptors_it_goes_on_when_there_are_some_again(pool: Pool, tmp_path: Path) -> None:
