@@ -142,5 +142,9 @@ def memory_mb(pid: int, field: str) -> float:
 def process_tree(pid: int) -> Iterator[int]:
     yield pid
     for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
+        try:
+            children = (task / "children").read_text().split()
+        except FileNotFoundError:  # a thread that has just ended; what it started belongs to another by now
+            continue
+        for child in children:
             yield from process_tree(int(child))
