@@ -46,7 +46,8 @@ class Connection:
         """Serve the client until it goes. Whatever happens stays with this connection."""
         self._task = asyncio.current_task()
         try:
-            await self._serve()
+            if not self._drained:
+                await self._serve()
         except (OSError, TimeoutError) as error:
             logger.debug("%s: handshake ended: %s", self._peer, str(error) or "deadline")
         except RemoteProtocolError as error:
@@ -75,6 +76,8 @@ class Connection:
         """End at once."""
         if self._session is not None:
             self._session.abandon()
+        elif self._task is not None:
+            self._task.cancel()
 
     async def _linger(self) -> None:
         """Give the last replies time to arrive: closing a TCP socket that holds unread requests throws them away."""
@@ -109,6 +112,8 @@ class Connection:
         self._session = Session(
             self._sock, self._peer, self._export, handshake.finished, server.scratch, server.offload, self._loop
         )
+        if self._drained:  # while the last option was answered
+            self._session.drain()
         await self._session.serve(handshake.trailing_data())
 
     async def _answer(self, handshake: ServerHandshake, event: OpenExport) -> None:

@@ -79,7 +79,10 @@ class Export:
             if self._flush_waiting:
                 self._next_flush()
             for done in served:
-                done(result, error)
+                try:
+                    done(result, error)
+                except Exception:
+                    logger.exception("a defect of the server")
 
         self._offload.submit(self.clone.flush, flushed)
 
@@ -99,9 +102,10 @@ class Export:
 class Exports:
     """The exports of a pool: opened when the first connection asks, closed (and flushed) after the last has gone."""
 
-    def __init__(self, pool: Pool, offload: Offload, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, pool: Pool, offload: Offload, keeper: Offload, loop: asyncio.AbstractEventLoop) -> None:
         self._pool = pool
         self._offload = offload
+        self._keeper = keeper  # opens and closes: hashing a base takes minutes, and nobody's reads shall wait for it
         self._loop = loop
         self._open: dict[str, Export] = {}
         # By name, while it is being opened or closed: the lock, and how many hold it or wait for it.
@@ -112,7 +116,7 @@ class Exports:
         async with self._turn(name):
             export = self._open.get(name)
             if export is None:
-                clone = await self._offload.run(lambda: self._pool.open_clone(name), abandoned=Clone.close)
+                clone = await self._keeper.run(lambda: self._open_clone(name), abandoned=Clone.close)
                 export = self._open[name] = Export(clone, self._offload, self._loop)
             export.users += 1
             return export
@@ -126,13 +130,18 @@ class Exports:
                 return
             del self._open[name]
             try:
-                await self._offload.run(export.clone.close)
+                await self._keeper.run(export.clone.close)
             except Exception as error:
                 logger.error("closing '%s': %s", name, error)
 
     async def names(self) -> list[str]:
         """The names of all exports there are at this moment."""
-        return await self._offload.run(self._pool.names)
+        return await self._keeper.run(self._pool.names)
+
+    def _open_clone(self, name: str) -> Clone:
+        clone = self._pool.open_clone(name)
+        _ = clone.fast_zero  # finding that out may wait for the disk: here, and not on the loop
+        return clone
 
     @contextlib.asynccontextmanager
     async def _turn(self, name: str) -> AsyncIterator[None]:

@@ -7,6 +7,8 @@ two queue operations, and the outcomes of all jobs that end while the loop is bu
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -14,6 +16,8 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+logger = logging.getLogger("nbdclone")
 
 # As many cold reads go to the disk at once; beyond that, disks that gain from depth gain little, and memory is bounded.
 MAX_THREADS = 16
@@ -37,8 +41,15 @@ class Offload:
         self._unfinished += 1
         if self._unfinished > len(self._threads) < MAX_THREADS:
             thread = threading.Thread(target=self._work, name=f"nbdclone-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system has no more threads to give
+                if not self._threads:
+                    self._unfinished -= 1
+                    self._loop.call_soon(done, None, OSError(errno.EAGAIN, str(error)))
+                    return
+            else:
+                self._threads.append(thread)
         self._jobs.put((work, done))
 
     async def run(self, work: Callable[[], T], *, abandoned: Callable[[T], Any] | None = None) -> T:
@@ -99,4 +110,7 @@ class Offload:
         while self._outcomes:
             done, result, error = self._outcomes.popleft()
             self._unfinished -= 1
-            done(result, error)
+            try:
+                done(result, error)
+            except Exception:
+                logger.exception("a defect of the server")

@@ -70,7 +70,9 @@ class Server:
                 self._listeners.append(listen_unix(Path(path)))
             self.offload = Offload(self._loop)
             held.callback(self.offload.close)
-            self._exports = Exports(self.pool, self.offload, self._loop)
+            keeper = Offload(self._loop)
+            held.callback(keeper.close)
+            self._exports = Exports(self.pool, self.offload, keeper, self._loop)
             self._held = held.pop_all()
         self._tasks = await asyncio.TaskGroup().__aenter__()
         self.uris = [listener.uri for listener in self._listeners]
@@ -140,6 +142,8 @@ class Server:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S // 2)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_S // 6)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+                # The same when replies are on their way, during which nothing is kept alive.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, KEEPALIVE_S * 1000)
             if isinstance(address, tuple):
                 peer = f"{address[0]}:{address[1]}"
         connection = Connection(sock, peer, self._exports, self)
@@ -149,6 +153,8 @@ class Server:
     async def _serve(self, connection: Connection) -> None:
         try:
             await connection.serve()
+        except Exception:
+            logger.exception("a defect of the server")
         finally:
             self._connections.discard(connection)
 

@@ -12,6 +12,7 @@ reached. Receiving goes on until then, since a client may send a write before it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections import deque
@@ -62,6 +63,8 @@ logger = logging.getLogger("nbdclone")
 GATHERED_READ = 64 << 10
 # More than this is copied in a thread: a millisecond of copying on the loop is a millisecond for everybody.
 MAX_INLINE = 1 << 20
+# How much of one CACHE is taken: reading ahead of that, the first of it may have gone again when the client comes.
+MAX_PREFETCH = 64 << 20
 MAX_UNSENT = 8 << 20
 # When no more is received. Each may be passed by what one receive brings: 256 KiB of requests, or one payload.
 MAX_HELD_WRITES = 16 << 20  # bytes of payload that wait for threads
@@ -110,6 +113,7 @@ class Session:
         self._in_flight = 0  # requests that threads work on
         self._reading = 0  # bytes of buffers that threads read into
         self._held_writes = 0  # bytes of payload that threads write, or will
+        self._prefetching = False  # a thread runs a CACHE
         self._draining = False  # no more requests: answer those there are, and end
         self._lost = False
         self._quiet_until = 0.0
@@ -126,7 +130,8 @@ class Session:
             self._lose()
             # Also when cancelled: the clone's files must stay open for as long as a thread works on them.
             while not self._over.done():
-                await asyncio.wait([self._over])
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([self._over])
 
     def drain(self) -> None:
         """Take no more requests; answer those that were taken, then end. What comes later is for a new connection."""
@@ -204,8 +209,19 @@ class Session:
             self._in_flight += 1
             self._export.flush(self._finisher(cookie))
         elif command == CMD_CACHE:
+            # It is advice: more of it than the disk can follow is taken and forgotten.
+            if self._prefetching:
+                self._output.simple_reply(cookie, 0)
+                return
+            self._prefetching = True
             self._in_flight += 1
-            self._offload.submit(lambda: clone.prefetch(offset, length), self._finisher(cookie))
+            finish = self._finisher(cookie)
+
+            def done(result: Any, error: BaseException | None) -> None:
+                self._prefetching = False
+                finish(result, error)
+
+            self._offload.submit(lambda: clone.prefetch(offset, min(length, MAX_PREFETCH)), done)
         elif command in (CMD_TRIM, CMD_WRITE_ZEROES):
             allocate = bool(flags & CMD_FLAG_NO_HOLE)
             if flags & CMD_FLAG_FAST_ZERO and (allocate or not clone.fast_zero):

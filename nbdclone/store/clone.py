@@ -128,7 +128,10 @@ class Clone:
                     raise BlockingIOError(errno.EAGAIN, "only a part is in memory")
                 continue
             count = self._fs.pread_all(self._fds[owner], [part], at, length)
-            if count < length:  # the end of a base that is no whole number of blocks
+            if count < length:
+                # The end of a base that is no whole number of blocks; or a file that is shorter than it was.
+                if self._strides[owner] or at + count < self.layers[owner - 1].size:
+                    raise OSError(errno.EIO, f"'{self.name}': layer {owner} ends at byte {at + count} of its file")
                 part[count:] = bytes(length - count)
 
     def _runs(self, offset: int, length: int, nowait: bool) -> Iterator[tuple[int, int, int]]:
@@ -268,6 +271,9 @@ class Clone:
         first, end = within >> BLOCK_SHIFT, (within + length) >> BLOCK_SHIFT
         spans = [(first, end)] if allocate else [run.span() for run in _SOMEWHERE.finditer(owners, first, end)]
         clear = self._fs.zero_allocated if allocate else self._fs.punch
+        if nowait and owners.count(self._top, first, end):
+            # Some file systems write out, and wait for, what is dirty in the range before they make a hole of it.
+            raise BlockingIOError(errno.EAGAIN, "making a hole of data may wait")
         for first, end in spans:
             # Also where the block is not ours yet: what lies at its place may be the bytes of a write that a crash
             # left unmarked. As with data, the hole is made before the mark, and a flush syncs it before the map.

@@ -339,10 +339,19 @@ class Delta:
     def _mirror(self, segments: set[int]) -> None:
         for segment in segments:
             state = self._segments.get(segment)
-            if state is None:  # being loaded by another thread at this moment
+            if state is None or segment in self._dirty:  # being loaded by another thread; or to be written anyway
                 continue
             start = segment * SEGMENT_SPAN
             page = read_page(self._fs, self.fd, start + MAP_SLOTS[state.slot], nowait=False)
+            read = decode_map_page(page, segment, self.header.id)
+            if read is None or read[0] != state.sequence:
+                # It rotted since it was written. Never over the good one: the next flush writes the map, which is in
+                # memory, over this one.
+                self._note_damage(segment, state.slot)
+                with self._lock:
+                    state.slot = 1 - state.slot
+                    self._dirty.add(segment)
+                continue
             self._fs.pwrite_all(self.fd, page, start + MAP_SLOTS[1 - state.slot])
             state.alone = False
             with self._lock:
@@ -357,6 +366,8 @@ class Delta:
                 with contextlib.suppress(OSError):
                     self._mirror(set(self._unmirrored))
                 self._sync()
+        if self._dirty:  # a page that was to be copied had rotted
+            self.flush()
 
     # Loading
 
@@ -374,7 +385,7 @@ class Delta:
         read = [decode_map_page(page, segment, self.header.id) for page in pages]
         for slot, (page, decoded) in enumerate(zip(pages, read, strict=True)):
             if decoded is None and page != _EMPTY_PAGE:
-                self._note_damage(f"map page of segment {segment}, slot {'AB'[slot]}")
+                self._note_damage(segment, slot)
         valid = [(decoded[0], slot, decoded[1]) for slot, decoded in enumerate(read) if decoded is not None]
         if valid:
             sequence, slot, bitmap = max(valid)
@@ -388,9 +399,11 @@ class Delta:
             raise CorruptDelta(str(self.path), f"both copies of the map page of segment {segment} fail their checksum")
         return _Segment(EMPTY_BITMAP, sequence=0, slot=1, alone=True, reserved=False)
 
-    def _note_damage(self, what: str) -> None:
-        self.damaged_pages.append(what)
-        logger.warning("%s: the %s fails its checksum; the other slot serves", self.path, what)
+    def _note_damage(self, segment: int, slot: int) -> None:
+        what = f"map page of segment {segment}, slot {'AB'[slot]}"
+        if what not in self.damaged_pages:
+            self.damaged_pages.append(what)
+            logger.warning("%s: the %s fails its checksum; the other slot serves", self.path, what)
 
 
 def read_page(fs: FileSystem, fd: int, offset: int, nowait: bool) -> bytes:

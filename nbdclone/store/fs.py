@@ -181,7 +181,7 @@ def lock_holders() -> dict[tuple[int, int], int]:
     with contextlib.suppress(OSError), open("/proc/locks", encoding="ascii") as table:
         for line in table:
             fields = line.split()  # "1: FLOCK ADVISORY WRITE 4711 fe:00:131 0 EOF"; "->" marks one that waits
-            if "->" not in fields and fields[1] == "FLOCK":
+            if "->" not in fields and fields[1] == "FLOCK" and fields[5].count(":") == 2:  # not "<none>:0"
                 major, minor, inode = fields[5].split(":")
                 holders[os.makedev(int(major, 16), int(minor, 16)), int(inode)] = int(fields[4])
     return holders

@@ -13,9 +13,11 @@ only where that differs is the content hashed and compared.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +37,9 @@ HASH_SIZE = 32
 ZERO_CHUNK = bytes(HASH_SIZE)
 # base.json is a few hundred bytes; a larger one is not ours.
 MAX_RECORD_SIZE = 1 << 16
+
+# Held while content is hashed: many clones of a base may be opened at once.
+_verifying = threading.RLock()
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -132,9 +137,12 @@ class Image:
                 raise BaseChanged(f"base '{name}' was removed or replaced just now ({path})")
             identity = Identity.of(status)
             if identity != record.identity or identity.size != record.size:
-                _verify(fd, name, directory, record)
-                record = replace(record, identity=identity)
-                _renew(directory, record, fs)
+                with _verifying:  # one hashes; the others find what it recorded
+                    record = BaseRecord.load(directory / "base.json")
+                    if identity != record.identity or identity.size != record.size:
+                        _verify(fd, name, directory, record)
+                        record = replace(record, identity=identity)
+                        _renew(directory, record, fs)
         except BaseException:
             fs.close(fd)
             raise
@@ -157,7 +165,7 @@ def _renew(directory: Path, record: BaseRecord, fs: FileSystem) -> None:
     try:
         save(directory / "base.json", record.dump(), fs)
     except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC):
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT):
             raise
 
 
@@ -166,11 +174,16 @@ def save(path: Path, content: bytes, fs: FileSystem = FILE_SYSTEM) -> None:
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")  # of our own: another may save the same now
     fd = fs.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
-        fs.pwrite_all(fd, content, 0)
-        fs.sync(fd)  # before the rename: a name must never point at content that is not there
-    finally:
-        fs.close(fd)
-    fs.rename(draft, path)
+        try:
+            fs.pwrite_all(fd, content, 0)
+            fs.sync(fd)  # before the rename: a name must never point at content that is not there
+        finally:
+            fs.close(fd)
+        fs.rename(draft, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+        raise
     fs.sync_directory(path.parent)
 
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import stat
 import subprocess
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -214,25 +215,26 @@ def _convert(source: Path, image_format: str, target: Path, progress: Progress |
         raise InvalidImage(f"{source} is damaged or truncated: {_complaint(check.stderr, check.stdout)}")
     if not force:
         _require_whole(program, source, name, image_format)
-    process = subprocess.Popen(
-        [program, "convert", "-p", "-f", image_format, "-O", "raw", name, str(target)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        while piece := os.read(process.stdout.fileno(), 4096):
-            if progress and (percent := _PERCENT.findall(piece)):
-                progress(int(float(percent[-1]) * 100), 10_000)
-        complaint = process.stderr.read().decode(errors="replace")
-        if process.wait() != 0:
-            kind = StorageError if "No space left" in complaint else InvalidImage
-            raise kind(f"{source} cannot be converted: {_complaint(complaint)}")
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    with tempfile.TemporaryFile() as complaints:
+        process = subprocess.Popen(
+            [program, "convert", "-p", "-f", image_format, "-O", "raw", name, str(target)],
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+        )
+        try:
+            assert process.stdout is not None
+            while piece := os.read(process.stdout.fileno(), 4096):
+                if progress and (percent := _PERCENT.findall(piece)):
+                    progress(int(float(percent[-1]) * 100), 10_000)
+            if process.wait() != 0:
+                complaints.seek(0)
+                complaint = complaints.read().decode(errors="replace")
+                kind = StorageError if "No space left" in complaint else InvalidImage
+                raise kind(f"{source} cannot be converted: {_complaint(complaint)}")
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
 
 
 def _require_whole(program: str, source: Path, name: str, image_format: str) -> None:

@@ -372,7 +372,13 @@ class Pool:
 
     def _refuse_dependants(self, names: Sequence[str]) -> None:
         removed = set(names)
-        for info in self.entries():
+        entries = self.entries()
+        for info in entries:
+            if isinstance(info, CloneInfo) and not info.id and info.name not in removed:
+                raise InUse(
+                    f"no base is removed while it cannot be told which one clone '{info.name}' needs: {info.error}"
+                )
+        for info in entries:
             if isinstance(info, BaseInfo) and info.name in removed:
                 dependants = [clone for clone in info.clones if clone not in removed]
                 if dependants:

@@ -268,7 +268,7 @@ def test_the_oracle_notices_a_clone_that_is_broken(
     base_pool: Pool, monkeypatch: pytest.MonkeyPatch, method: str, old: str, new: str
 ) -> None:
     mutate(monkeypatch, Clone, method, old, new)
-    with pytest.raises((AssertionError, ValueError, CorruptDelta)):
+    with pytest.raises((AssertionError, ValueError, OSError, CorruptDelta)):
         run_machine(base_pool, settings(phases=[Phase.generate], report_multiple_bugs=False))
 
 
