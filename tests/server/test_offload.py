@@ -166,3 +166,44 @@ async def test_an_error_of_abandoned_work_is_nobodys(offload: Offload) -> None:
     gate.open()
     await offload.run(lambda: None)
     assert disposed == []
+
+
+async def test_where_no_thread_can_be_started_the_job_fails_or_waits_and_nothing_hangs(
+    offload: Offload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes: list[tuple[Any, BaseException | None]] = []
+
+    def note(result: Any, error: BaseException | None) -> None:
+        outcomes.append((result, error))
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        offload.submit(lambda: 1, note)
+        await until(lambda: len(outcomes) == 1)
+    assert isinstance(outcomes[0][1], OSError)
+    gate = Gate()
+    gate.close()
+    offload.submit(gate.go_through, note)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        offload.submit(lambda: 2, note)  # the one thread there is will come to it
+    gate.open()
+    await until(lambda: len(outcomes) == 3)
+    assert (2, None) in outcomes
+
+
+async def test_a_callback_that_raises_takes_no_other_with_it(
+    offload: Offload, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[int] = []
+
+    def fail(_result: Any, _error: BaseException | None) -> None:
+        raise ValueError("on purpose")
+
+    offload.submit(lambda: 1, fail)
+    offload.submit(lambda: 2, lambda result, _error: heard.append(result))
+    await until(lambda: heard == [2] and bool(caplog.records))
+    assert "a defect of the server" in caplog.text

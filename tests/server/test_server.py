@@ -238,3 +238,14 @@ async def test_many_comings_and_goings_leave_nothing_behind(pool: Pool, where: s
             await until(lambda: not server._connections)
         assert not server._exports._open
         assert not server._exports._turns
+
+
+async def test_a_client_that_comes_in_the_moment_of_the_stop_does_not_hold_it_up(pool: Pool) -> None:
+    began = time.monotonic()
+    with socket.socket(socket.AF_UNIX) as client:
+        async with serving(pool) as server:
+            client.connect(str(pool.path.parent / "nbd.sock"))
+            server._accept(server._listeners[0])  # its task has not begun when the server is left
+        client.settimeout(PATIENCE_S)
+        assert client.recv(100) == b""
+    assert time.monotonic() - began < 3

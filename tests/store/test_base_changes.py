@@ -211,3 +211,13 @@ def test_one_bad_base_does_not_hurt_clones_of_others(empty_pool: Pool, image: Pa
     empty_pool.open_clone("web2").close()
     with pytest.raises(NBDCloneError):
         empty_pool.open_clone("web1")
+
+
+def test_a_base_that_shrinks_under_an_open_clone_is_an_error_and_not_zeros(empty_pool: Pool, image: Path) -> None:
+    with empty_pool.open_clone("web1") as clone:
+        image.chmod(0o644)
+        os.truncate(image, 8192)
+        with pytest.raises(OSError, match="layer 1 ends at byte"):
+            clone.pread(4096, 1 << 20)
+        with pytest.raises(OSError, match="layer 1 ends at byte"):
+            clone.pwrite(b"part of a block", 1 << 20)

@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from nbdclone.errors import (
     UnsupportedFormat,
     UsageError,
 )
+from nbdclone.store.delta import HEADER_SLOTS, PAGE_SIZE
 from nbdclone.store.fs import FileSystem
 from nbdclone.store.image import BaseRecord, Image
 from nbdclone.store.layer import MAX_SIZE
@@ -474,3 +476,20 @@ def test_two_who_renew_the_same_record_at_once_do_not_disturb_each_other(
     assert sorted(os.listdir(image.parent)) == ["base.json", "image", "manifest"]
     record = BaseRecord.load(image.parent / "base.json")
     assert record.identity.inode == image.stat().st_ino
+
+
+@pytest.mark.parametrize("damage", ["a newer format", "no header left"])
+def test_no_base_is_removed_while_a_clone_may_need_it_that_cannot_be_read(pool: Pool, damage: str) -> None:
+    pool.create_clones("base", ["unreadable"])
+    with open(pool.path / "clones" / "unreadable" / "delta", "r+b") as delta:
+        for slot in HEADER_SLOTS:
+            page = bytearray(os.pread(delta.fileno(), PAGE_SIZE, slot))
+            page[8:12] = (2).to_bytes(4)
+            if damage == "a newer format":
+                page[-4:] = zlib.crc32(page[:-4]).to_bytes(4)
+            os.pwrite(delta.fileno(), page, slot)
+    with pytest.raises(InUse, match="clone 'unreadable' needs"):
+        pool.remove(["base"])
+    assert "base" in pool.names()
+    pool.remove(["base", "unreadable"])
+    assert pool.names() == []

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 import pytest
 from powercut import DELTA_PATH, open_clone, read_sectors, simulated_disk
 from simulated import File, SimulatedFileSystem
 
+from nbdclone import Pool
 from nbdclone.errors import CorruptDelta
 from nbdclone.store.delta import (
     HEADER_SLOTS,
@@ -146,3 +148,42 @@ def test_a_slot_that_rotted_is_whole_again_after_the_next_close(slot: int) -> No
             assert read_sectors(open_clone(fs)) == expected
             fs.die()
             break
+
+
+def test_a_page_that_rots_while_the_clone_is_open_is_not_copied_over_the_good_one(tmp_path: Path) -> None:
+    with open(tmp_path / "image", "wb") as image:
+        image.truncate(2 * SEGMENT_SIZE)
+    pool = Pool.open(tmp_path / "pool", create=True)
+    pool.import_base(tmp_path / "image", "base")
+    pool.create_clones("base", ["web1"])
+    with pool.open_clone("web1") as clone:
+        for block in range(3):  # the third leaves the older page in the other slot
+            clone.pwrite(b"x" * BLOCK_SIZE, block * BLOCK_SIZE)
+            clone.flush()
+        with open(pool.path / "clones" / "web1" / "delta", "r+b") as file:
+            pages = {slot: os.pread(file.fileno(), PAGE_SIZE, slot) for slot in MAP_SLOTS}
+            newest = max(MAP_SLOTS, key=lambda slot: pages[slot][16:24])
+            os.pwrite(file.fileno(), b"rotten!!", newest + 100)
+        clone.pwrite(b"y" * BLOCK_SIZE, SEGMENT_SIZE)
+        clone.flush()  # the first segment is quiet now: its page is due to be copied
+    with pool.open_clone("web1") as clone:
+        for block in range(3):
+            assert clone.pread(BLOCK_SIZE, block * BLOCK_SIZE) == b"x" * BLOCK_SIZE
+        assert clone.pread(1, SEGMENT_SIZE) == b"y"
+
+
+def test_a_damaged_segment_is_said_once_however_often_it_is_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "image").write_bytes(bytes(1 << 20))
+    pool = Pool.open(tmp_path / "pool", create=True)
+    pool.import_base(tmp_path / "image", "base")
+    pool.create_clones("base", ["web1"])
+    with open(pool.path / "clones" / "web1" / "delta", "r+b") as file:
+        for slot in MAP_SLOTS:
+            os.pwrite(file.fileno(), b"nonsense", slot)
+    with pool.open_clone("web1") as clone:
+        for _ in range(5):
+            with pytest.raises(CorruptDelta):
+                clone.pread(1, 0)
+    assert len(caplog.records) == len(MAP_SLOTS)
