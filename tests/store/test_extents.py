@@ -6,6 +6,7 @@ import errno
 import os
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -263,3 +264,33 @@ def test_three_layers_count_from_both_ends(sparse_pool: Pool) -> None:
         ]
         over.settle_all()
         over.close()
+
+
+def test_beside_a_writer_nothing_that_was_written_before_is_told_as_a_hole(sparse_pool: Pool) -> None:
+    count = 4000
+    sparse_pool.create_clones("base", ["busy"], size=b(2 * count))
+    written = 0
+
+    def write() -> None:
+        nonlocal written
+        for number in range(count):  # every second block, so that each is an extent
+            clone.pwrite(b"w" * b(1), b(2 * number))
+            written = number + 1
+            if number % 500 == 0:
+                clone.flush()
+
+    with sparse_pool.open_clone("busy") as clone, ThreadPoolExecutor(1) as threads:
+        writing = threads.submit(write)
+        asked = 0
+        while not writing.done() or not asked:
+            before = written
+            position, data = 0, set()
+            for extent in clone.extents(0, clone.size, limit=3 * count):
+                if not extent.hole and extent.origin == 2:
+                    data |= set(range(position // BLOCK_SIZE, (position + extent.length) // BLOCK_SIZE))
+                position += extent.length
+            assert position == clone.size
+            assert data >= {2 * number for number in range(before)}
+            assert all(block % 2 == 0 for block in data)
+            asked += 1
+        writing.result()
