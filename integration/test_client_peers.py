@@ -164,6 +164,28 @@ async def test_block_sizes_that_the_server_demands_are_kept(start: Start, tmp_pa
         assert await disk.pread(len(data), 4096) == data
 
 
+async def test_the_block_status_of_other_servers_is_understood(start: Start, tmp_path: Path) -> None:
+    uri = qemu_nbd(start, tmp_path, "--allocation-depth")
+    contexts = ["base:allocation", "qemu:allocation-depth", "nbdclone:origin"]
+    async with await Client.connect(uri, contexts=contexts) as disk:
+        assert sorted(disk.contexts.values()) == contexts[:2]
+        await disk.pwrite(b"x" * 65536, 1 << 20)
+        assert await disk.block_status(SIZE, 0) == {
+            "base:allocation": [(1 << 20, 3), (65536, 0), (SIZE - (1 << 20) - 65536, 3)],
+            "qemu:allocation-depth": [(SIZE, 1)],
+        }
+
+
+@pytest.mark.parametrize("arguments", [("--no-sr",), ("--mask-handshake=0",)])
+async def test_a_server_without_contexts_is_opened_without_them(
+    start: Start, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    uri = nbdkit(start, tmp_path, *arguments, "memory", "1M")
+    async with await Client.connect(uri, contexts=["base:allocation"]) as disk:
+        assert disk.contexts == {}
+        assert await disk.pread(5, 0) == bytes(5)
+
+
 async def test_a_server_that_dies_is_a_lost_connection(start: Start, tmp_path: Path) -> None:
     uri = nbdkit(start, tmp_path, "--filter=delay", "memory", "1M", "rdelay=30")
     disk = await Client.connect(uri)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
@@ -27,9 +27,11 @@ from nbdclone.errors import (
     UsageError,
 )
 from nbdclone.protocol import wire
+from nbdclone.protocol.block_status import Descriptors, merged
 from nbdclone.protocol.client_handshake import (
     ClientEvent,
     ClientHandshake,
+    ContextsSet,
     ExportDescribed,
     ExportList,
     Opened,
@@ -37,7 +39,8 @@ from nbdclone.protocol.client_handshake import (
     Refused,
 )
 from nbdclone.protocol.handshake import Negotiated
-from nbdclone.protocol.transmission import Buffer, ClientTransmission, Completed
+from nbdclone.protocol.pending import Completed
+from nbdclone.protocol.transmission import Buffer, ClientTransmission
 from nbdclone.protocol.wire import Command, CommandFlag, Errno, ExportInfo, OptionReply, TransmissionFlag
 
 DEFAULT_PORT: Final = 10809  # IANA's port for NBD
@@ -52,7 +55,7 @@ Names = list[str]
 Pieces = list[tuple[int, int, Buffer]]  # offset, length, payload
 Answers = list[bytes | bytearray | None]  # the data of each, where it was a read
 _Result = TypeVar("_Result")
-_Event = TypeVar("_Event", ExportList, ExportDescribed, Opened, Ready)
+_Event = TypeVar("_Event", ContextsSet, ExportList, ExportDescribed, Opened, Ready)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,9 @@ class _Connection(asyncio.BufferedProtocol):
         self.handshake.receive_data(data)
         self.pump_handshake()
         if self.handshake.finished is not None:
-            self._transmission = ClientTransmission(self.handshake.finished.structured_replies)
+            negotiated = self.handshake.finished
+            contexts = [number for number, _name in negotiated.contexts]
+            self._transmission = ClientTransmission(negotiated.structured_replies, contexts)
             self._transmit(self._transmission, self.handshake.trailing_data())
 
     def _transmit(self, transmission: ClientTransmission, data: Buffer) -> None:
@@ -239,7 +244,8 @@ class _Connection(asyncio.BufferedProtocol):
 class Client:
     """An export of an NBD server, opened. Made by ``connect``; an asynchronous context manager.
 
-    ``export`` is what the server told about it. Whether a range lies in it and may be written is the server's
+    ``export`` is what the server told about it, ``contexts`` are the names of the metadata contexts that it selected,
+    by their ids. Whether a range lies in it and may be written is the server's
     to judge. Every method that sends a request raises:
 
         ServerRefused: the server answered with an error.
@@ -255,14 +261,23 @@ class Client:
         self.flags = negotiated.export.flags
         self.read_only = negotiated.export.read_only
         self.structured = negotiated.structured_replies
+        self.contexts = dict(negotiated.contexts)
         largest = min(self.export.maximum_payload, MAX_PIECE)
         self._max_payload = max(largest - largest % self.export.minimum_block, self.export.minimum_block)
 
     @classmethod
-    async def connect(cls, uri: str, export: str = "", *, timeout: float | None = CONNECT_TIMEOUT_S) -> Self:
+    async def connect(
+        cls,
+        uri: str,
+        export: str = "",
+        *,
+        contexts: Collection[str] = (),
+        timeout: float | None = CONNECT_TIMEOUT_S,
+    ) -> Self:
         """Open an export. ``uri`` is what ``Address.parse`` takes; ``export`` goes before the name in it.
 
-        ``timeout`` is in seconds.
+        ``contexts`` are metadata contexts for ``block_status``; those that the server does not have are missing
+        afterwards in the client's. ``timeout`` is in seconds.
 
         Raises:
             UsageError: no such kind of URI.
@@ -274,6 +289,10 @@ class Client:
         name = export or address.export
 
         async def go(connection: _Connection) -> Self:
+            if contexts:
+                connection.handshake.set_contexts(name, contexts)
+                with suppress(ServerRefused):  # a server without contexts, or without the export: the next answer tells
+                    await _answer(connection, ContextsSet, f"export {name!r}")
             connection.handshake.go(name)
             opened = await _answer(connection, Opened, f"export {name!r}")
             return cls(connection, opened.negotiated)
@@ -361,6 +380,29 @@ class Client:
         """Tell the server that a range will be read soon."""
         self._require(TransmissionFlag.SEND_CACHE)
         await self._run_range(Command.CACHE, 0, length, offset)
+
+    async def block_status(self, length: int, offset: int) -> dict[str, Descriptors]:
+        """What stands where in a range: in each of the contexts, (length, status) of consecutive extents.
+
+        They cover the range, and neighbours differ. The status is a number that its context gives a meaning; in
+        ``base:allocation`` the bits are HOLE (1) and ZERO (2).
+        """
+        if not self.contexts:
+            raise LocalProtocolError(f"export {self.export.name!r} was opened without metadata contexts")
+        told: dict[str, Descriptors] = {name: [] for name in self.contexts.values()}
+        limit = MAX_RANGE - MAX_RANGE % self.export.minimum_block
+        end = offset + length
+        while offset < end:
+            size = min(end - offset, limit)
+            waiter = await self._connection.submit(Command.BLOCK_STATUS, 0, offset, size)
+            extents = _completed(await waiter, Command.BLOCK_STATUS, offset, size).extents
+            assert extents is not None
+            # As far as all contexts tell: one may have been described further than another, or than was asked.
+            size = min(size, *(sum(count for count, _status in extents[number]) for number in self.contexts))
+            for number, name in self.contexts.items():
+                told[name] += _first(extents[number], size)
+            offset += size
+        return {name: merged(descriptors) for name, descriptors in told.items()}
 
     async def request(
         self, command: int, flags: int, offset: int, length: int, payload: Buffer = b""
@@ -458,14 +500,29 @@ def _split(offset: int, length: int, limit: int) -> Iterator[tuple[int, int]]:
         offset += size
 
 
+def _first(descriptors: Descriptors, length: int) -> Iterator[tuple[int, int]]:
+    """The descriptors of the first ``length`` bytes."""
+    for count, status in descriptors:
+        if not length:
+            return
+        count = min(count, length)
+        yield count, status
+        length -= count
+
+
 def _result(answer: Completed | NBDCloneError, command: int, offset: int, length: int) -> bytes | bytearray | None:
+    return _completed(answer, command, offset, length).data
+
+
+def _completed(answer: Completed | NBDCloneError, command: int, offset: int, length: int) -> Completed:
+    """The answer to a request that succeeded; what failed is raised."""
     if isinstance(answer, NBDCloneError):
         raise _again(answer)
     if answer.error:
         what = f"{_name_of(Command, command)} of {length} bytes at {offset}"
         name = _name_of(Errno, answer.error)
         raise ServerRefused(f"{what}: {name}{answer.message and ': '}{answer.message}", answer.error)
-    return answer.data
+    return answer
 
 
 def _name_of(enumeration: type[IntEnum], number: int) -> str:

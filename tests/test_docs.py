@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from nbdclone.protocol.block_status import CONTEXTS
+from nbdclone.protocol.wire import MAX_QUERIES, Command, Option
 from nbdclone.store import delta
+from nbdclone.store.clone import MAX_EXTENTS
 from nbdclone.store.layer import BITMAP_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -87,3 +90,15 @@ def test_every_public_name_is_documented_and_there() -> None:
         assert name in documented
     with pytest.raises(AttributeError):
         _ = nbdclone.nonsense  # type: ignore[attr-defined]
+
+
+def test_what_is_documented_of_the_protocol_is_what_is_spoken() -> None:
+    text = (DOCS / "protocol.md").read_text()
+    rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", text, re.MULTILINE))
+    assert {option.name for option in Option} == set(re.findall(r"[A-Z]{2}[A-Z_]*", rows["options"])) - {"ERR_UNSUP"}
+    assert {command.name for command in Command} == set(re.findall(r"[A-Z]{2}[A-Z_]*", rows["commands"])) - {"EINVAL"}
+    names = [name for _id, name in CONTEXTS]
+    assert re.findall(r"`(.+?)`", rows["metadata contexts"]) == names
+    assert all(f"`{name}`" in rows for name in names)
+    assert f"up to {MAX_QUERIES} queries" in text
+    assert f"at most {MAX_EXTENTS} extents" in text

@@ -1,5 +1,6 @@
 """The NBD protocol: bytes in, messages out. Nothing in here touches a socket, a file or a clock.
 
 ``wire`` has the numbers and the layouts; ``handshake`` the option haggling of a server, ``client_handshake``
-that of a client; ``transmission`` the requests and replies of both.
+that of a client; ``transmission`` the requests and replies of both, ``pending`` what a client waits for;
+``block_status`` metadata contexts.
 """

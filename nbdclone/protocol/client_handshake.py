@@ -6,7 +6,7 @@ The same shape as the server's side in ``handshake``: bytes in, events out, mess
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from struct import Struct
 from typing import Any, Final
@@ -20,8 +20,10 @@ from nbdclone.protocol.wire import (
     GREETING,
     INFO_COUNT,
     INFO_TYPE,
+    META_CONTEXT,
     OPTION,
     OPTION_REPLY,
+    QUERY_COUNT,
     STRING_LENGTH,
     ExportInfo,
     HandshakeFlag,
@@ -52,6 +54,13 @@ class ExportDescribed:
 
 
 @dataclass(frozen=True, slots=True)
+class ContextsSet:
+    """Answer to ``set_contexts``: (id, name) of each metadata context that the server selected."""
+
+    contexts: tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Opened:
     """Answer to ``go``: the transmission begins."""
 
@@ -67,7 +76,7 @@ class Refused:
     message: str
 
 
-ClientEvent = Ready | ExportList | ExportDescribed | Opened | Refused | Aborted
+ClientEvent = Ready | ExportList | ExportDescribed | ContextsSet | Opened | Refused | Aborted
 
 
 @dataclass(slots=True)
@@ -78,6 +87,8 @@ class _Asked:
     name: str = ""
     listed: list[tuple[str, str]] = field(default_factory=list)
     listed_bytes: int = 0
+    wanted: frozenset[str] = frozenset()  # metadata contexts
+    contexts: list[tuple[int, str]] = field(default_factory=list)
     size_and_flags: tuple[int, int] | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -105,6 +116,8 @@ class ClientHandshake:
         self._server_flags: int | None = None
         self._asked: _Asked | None = None
         self._events: deque[ClientEvent] = deque()
+        self._contexts: tuple[tuple[int, str], ...] = ()
+        self._contexts_export = ""  # for which they were selected
 
     def data_to_send(self) -> list[bytes]:
         """The messages to send now, and forget them."""
@@ -148,6 +161,18 @@ class ClientHandshake:
         """Ask about an export. Answer: ``ExportDescribed`` or ``Refused``."""
         self._ask(_Asked(Option.INFO, name), _export_request(name))
 
+    def set_contexts(self, name: str, contexts: Collection[str]) -> None:
+        """Select metadata contexts for an export, in the place of all before. Answer: ``ContextsSet`` or ``Refused``.
+
+        They count for a ``go`` to the same export. What the server does not know is missing in its answer.
+        """
+        data = _context_request(name, contexts)
+        if self.structured_replies:
+            self._contexts = ()
+            self._ask(_Asked(Option.SET_META_CONTEXT, name, wanted=frozenset(contexts)), data)
+        else:
+            self._refuse(Option.SET_META_CONTEXT, "the server knows no structured replies")
+
     def go(self, name: str) -> None:
         """Ask to use an export. Answer: ``Opened`` or ``Refused``, or the connection's end."""
         data = _export_request(name)
@@ -165,13 +190,20 @@ class ClientHandshake:
         return bool((self._server_flags or 0) & HandshakeFlag.FIXED_NEWSTYLE)
 
     def _ask(self, asked: _Asked, data: bytes = b"") -> None:
-        if self._server_flags is None or self._asked or self._events or self.closed or self.finished:
-            raise LocalProtocolError("the handshake is over, or waits for the server's answer")
+        self._require_ready()
         if asked.option == Option.EXPORT_NAME or self._fixed_newstyle:
             self._send_option(asked, data)
         else:
-            message = "the server knows only NBD_OPT_EXPORT_NAME"
-            self._events.append(Refused(asked.option, OptionReply.ERR_UNSUP, message))
+            self._refuse(asked.option, "the server knows only NBD_OPT_EXPORT_NAME")
+
+    def _refuse(self, option: int, message: str) -> None:
+        """Answer in the server's place what it cannot be asked."""
+        self._require_ready()
+        self._events.append(Refused(option, OptionReply.ERR_UNSUP, message))
+
+    def _require_ready(self) -> None:
+        if self._server_flags is None or self._asked or self._events or self.closed or self.finished:
+            raise LocalProtocolError("the handshake is over, or waits for the server's answer")
 
     def _send_option(self, asked: _Asked, data: bytes = b"") -> None:
         self._asked = asked
@@ -279,6 +311,19 @@ class ClientHandshake:
     def _on_listed(self, asked: _Asked, payload: bytes) -> None:
         self._answer(ExportList(tuple(asked.listed)), payload)
 
+    def _on_context(self, asked: _Asked, payload: bytes) -> None:
+        if len(payload) < META_CONTEXT.size:
+            raise RemoteProtocolError("a metadata context without its id")
+        (number,) = META_CONTEXT.unpack_from(payload)
+        name = _text(payload[META_CONTEXT.size :])
+        if name not in asked.wanted or any(number == other or name == known for other, known in asked.contexts):
+            raise RemoteProtocolError(f"metadata context {name!r}, id {number}: not asked for, or there already")
+        asked.contexts.append((number, name))
+
+    def _on_contexts_set(self, asked: _Asked, payload: bytes) -> None:
+        self._contexts, self._contexts_export = tuple(asked.contexts), asked.name
+        self._answer(ContextsSet(self._contexts), payload)
+
     def _on_info(self, asked: _Asked, payload: bytes) -> None:
         if len(payload) < INFO_TYPE.size:
             raise RemoteProtocolError("information about an export without its type")
@@ -308,7 +353,8 @@ class ClientHandshake:
 
     def _finish(self, asked: _Asked) -> None:
         self._asked = None
-        self.finished = Negotiated(asked.info(), self.structured_replies)
+        contexts = self._contexts if asked.name == self._contexts_export else ()
+        self.finished = Negotiated(asked.info(), self.structured_replies, contexts)
         self._events.append(Opened(self.finished))
 
 
@@ -317,6 +363,8 @@ _CLIENT_REPLIES: Final[dict[tuple[int, int], Callable[[ClientHandshake, _Asked, 
     (Option.ABORT, OptionReply.ACK): ClientHandshake._on_aborted,
     (Option.LIST, OptionReply.SERVER): ClientHandshake._on_server,
     (Option.LIST, OptionReply.ACK): ClientHandshake._on_listed,
+    (Option.SET_META_CONTEXT, OptionReply.META_CONTEXT): ClientHandshake._on_context,
+    (Option.SET_META_CONTEXT, OptionReply.ACK): ClientHandshake._on_contexts_set,
     (Option.INFO, OptionReply.INFO): ClientHandshake._on_info,
     (Option.INFO, OptionReply.ACK): ClientHandshake._on_described,
     (Option.GO, OptionReply.INFO): ClientHandshake._on_info,
@@ -331,6 +379,14 @@ def _export_request(name: str) -> bytes:
     encoded = encode_string(name, wire.MAX_NAME_LENGTH)
     infos = b"".join(INFO_TYPE.pack(info) for info in _WANTED_INFOS)
     return STRING_LENGTH.pack(len(encoded)) + encoded + INFO_COUNT.pack(len(_WANTED_INFOS)) + infos
+
+
+def _context_request(name: str, contexts: Collection[str]) -> bytes:
+    """The data of NBD_OPT_SET_META_CONTEXT; the inverse of what the server's side parses."""
+    strings = [encode_string(name, wire.MAX_NAME_LENGTH)]
+    strings += [encode_string(context, wire.MAX_STRING_LENGTH) for context in contexts]
+    export, *queries = [STRING_LENGTH.pack(len(encoded)) + encoded for encoded in strings]
+    return export + QUERY_COUNT.pack(len(queries)) + b"".join(queries)
 
 
 def _refuse_payload(payload: bytes) -> None:

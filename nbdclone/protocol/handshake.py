@@ -14,14 +14,17 @@ from typing import Final
 
 from nbdclone.errors import LocalProtocolError, RemoteProtocolError
 from nbdclone.protocol import wire
+from nbdclone.protocol.block_status import CONTEXTS, listed_contexts
 from nbdclone.protocol.wire import (
     CLIENT_FLAGS,
     EXPORT_NAME_REPLY,
     GREETING,
     INFO_COUNT,
     INFO_TYPE,
+    META_CONTEXT,
     OPTION,
     OPTION_REPLY,
+    QUERY_COUNT,
     STRING_LENGTH,
     ExportInfo,
     HandshakeFlag,
@@ -67,10 +70,14 @@ Event = ListExports | OpenExport | Aborted
 
 @dataclass(frozen=True, slots=True)
 class Negotiated:
-    """What was agreed: ``export.flags`` are the transmission flags as the client was told them."""
+    """What was agreed: ``export.flags`` are the transmission flags as the client was told them.
+
+    ``contexts`` are the metadata contexts that were selected for this export: (id, name) of each.
+    """
 
     export: ExportInfo
     structured_replies: bool
+    contexts: tuple[tuple[int, str], ...] = ()
 
 
 class OptionError(Exception):
@@ -100,6 +107,8 @@ class ServerHandshake:
         self._option_count = 0
         self._unanswered: Event | None = None
         self._requested_infos: frozenset[int] = frozenset()
+        self._contexts: tuple[tuple[int, str], ...] = ()
+        self._contexts_export = ""  # for which they were selected
 
     def data_to_send(self) -> list[bytes]:
         """The messages to send now, and forget them; the first call gives the greeting.
@@ -228,6 +237,27 @@ class ServerHandshake:
         self._unanswered = OpenExport(name, Purpose(option), wants_description)
         return self._unanswered
 
+    def _on_list_contexts(self, option: int, data: bytes) -> None:
+        """Whether there is such an export is told by NBD_OPT_GO: the contexts are the same for all."""
+        _name, queries = self._context_request(data)
+        for context in listed_contexts(queries):
+            self._send_reply(option, OptionReply.META_CONTEXT, META_CONTEXT.pack(0) + context.encode())
+        self._send_reply(option, OptionReply.ACK)
+
+    def _on_set_contexts(self, option: int, data: bytes) -> None:
+        self._contexts = ()  # "including when this command fails"
+        self._contexts_export, queries = self._context_request(data)
+        wanted = set(queries)
+        self._contexts = tuple((number, context) for number, context in CONTEXTS if context in wanted)
+        for number, context in self._contexts:
+            self._send_reply(option, OptionReply.META_CONTEXT, META_CONTEXT.pack(number) + context.encode())
+        self._send_reply(option, OptionReply.ACK)
+
+    def _context_request(self, data: bytes) -> tuple[str, list[str]]:
+        if not self.structured_replies:
+            raise OptionError(OptionReply.ERR_INVALID, "structured replies are to be agreed on before")
+        return _parse_context_request(data)
+
     # What the server answers
 
     def send_list(self, exports: Iterable[tuple[str, str]]) -> None:
@@ -269,7 +299,8 @@ class ServerHandshake:
             self._send_reply(option, OptionReply.ACK)
         self._unanswered = None
         if asked.purpose is not Purpose.INFO:
-            self.finished = Negotiated(info, self.structured_replies)
+            contexts = self._contexts if asked.name == self._contexts_export else ()
+            self.finished = Negotiated(info, self.structured_replies, contexts)
 
     def refuse_export(self, message: str, reply: int = wire.NBD_REP_ERR_UNKNOWN) -> None:
         """Answer ``OpenExport``: no, because of ``message``. ``reply`` is an NBD_REP_ERR_*.
@@ -327,6 +358,8 @@ _SERVER_OPTIONS: Final[dict[int, Callable[[ServerHandshake, int, bytes], Event |
     Option.INFO: ServerHandshake._on_info_or_go,
     Option.GO: ServerHandshake._on_info_or_go,
     Option.STRUCTURED_REPLY: ServerHandshake._on_structured_reply,
+    Option.LIST_META_CONTEXT: ServerHandshake._on_list_contexts,
+    Option.SET_META_CONTEXT: ServerHandshake._on_set_contexts,
 }
 
 
@@ -370,3 +403,43 @@ def _parse_export_request(data: bytes) -> tuple[str, frozenset[int]]:
         raise OptionError(OptionReply.ERR_INVALID, f"{count} information requests in {len(infos)} bytes")
     name = parse_name(data[STRING_LENGTH.size : name_end])
     return name, frozenset(info for (info,) in INFO_TYPE.iter_unpack(infos))
+
+
+def _parse_context_request(data: bytes) -> tuple[str, list[str]]:
+    """The data of NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT: name, queries. The lengths must add up."""
+    name, position = _take_string(data, 0)
+    if len(data) < position + QUERY_COUNT.size:
+        raise OptionError(OptionReply.ERR_INVALID, f"{len(data)} bytes of data hold no number of queries")
+    (count,) = QUERY_COUNT.unpack_from(data, position)
+    if count > wire.MAX_QUERIES:
+        raise OptionError(OptionReply.ERR_TOO_BIG, f"{count} queries: the limit is {wire.MAX_QUERIES}")
+    position += QUERY_COUNT.size
+    queries = []
+    for _ in range(count):
+        query, position = _take_string(data, position)
+        queries.append(_parse_query(query))
+    if position != len(data):
+        raise OptionError(OptionReply.ERR_INVALID, f"{len(data) - position} bytes follow the last query")
+    return parse_name(name), queries
+
+
+def _take_string(data: bytes, position: int) -> tuple[bytes, int]:
+    """The string at ``position``, and where it ends."""
+    start = position + STRING_LENGTH.size
+    if len(data) < start:
+        raise OptionError(OptionReply.ERR_INVALID, f"{len(data)} bytes of data are too short")
+    (length,) = STRING_LENGTH.unpack_from(data, position)
+    if length > len(data) - start:
+        raise OptionError(OptionReply.ERR_INVALID, f"a string of {length} bytes in {len(data)} bytes of data")
+    return data[start : start + length], start + length
+
+
+def _parse_query(query: bytes) -> str:
+    """A query for metadata contexts: a namespace, a colon, and what that namespace makes of the rest."""
+    try:
+        text = query.decode()
+    except UnicodeDecodeError:
+        raise OptionError(OptionReply.ERR_INVALID, "a query is not UTF-8") from None
+    if len(query) > wire.MAX_STRING_LENGTH or "\0" in text or text.find(":") < 1:
+        raise OptionError(OptionReply.ERR_INVALID, "a query is no namespace, colon and name")
+    return text

@@ -15,19 +15,23 @@ The client's half, ``ClientTransmission``, remembers what was asked, and believe
 
 from __future__ import annotations
 
-from bisect import bisect
+from collections.abc import Collection
 from struct import error as struct_error
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from nbdclone.errors import LocalProtocolError, RemoteProtocolError
 from nbdclone.protocol import wire
+from nbdclone.protocol.block_status import MAX_STATUS_CHUNK
+from nbdclone.protocol.pending import Completed, Pending
 from nbdclone.protocol.wire import (
+    CMD_BLOCK_STATUS,
     CMD_CACHE,
     CMD_DISC,
     CMD_FLAG_DF,
     CMD_FLAG_FAST_ZERO,
     CMD_FLAG_FUA,
     CMD_FLAG_NO_HOLE,
+    CMD_FLAG_REQ_ONE,
     CMD_FLUSH,
     CMD_READ,
     CMD_TRIM,
@@ -51,6 +55,7 @@ from nbdclone.protocol.wire import (
     OFFSET_HOLE,
     READ_CHUNK,
     REPLY_FLAG_DONE,
+    REPLY_TYPE_BLOCK_STATUS,
     REPLY_TYPE_ERROR,
     REPLY_TYPE_ERROR_OFFSET,
     REPLY_TYPE_IS_ERROR,
@@ -143,6 +148,7 @@ _RULES: Final[dict[int, _Rule]] = {
         CMD_FLAG_FUA | CMD_FLAG_NO_HOLE | CMD_FLAG_FAST_ZERO,
         ENOSPC,
     ),
+    CMD_BLOCK_STATUS: _Rule(False, 0, CMD_FLAG_FUA | CMD_FLAG_REQ_ONE, EINVAL),
 }
 
 
@@ -153,7 +159,8 @@ def request_error(info: ExportInfo, structured: bool, flags: int, command: int, 
     first: an unknown command is EINVAL; a write to a read-only export is EPERM, wherever it points and
     whatever its flags; then flags and commands that were not offered, then the range. A length of 0 is
     EINVAL (the specification leaves it open), so no reply has an empty chunk of data. NBD_CMD_DISC has no
-    reply, and is never refused.
+    reply, and is never refused. NBD_CMD_BLOCK_STATUS without a metadata context is
+    EINVAL too, and the caller's to refuse: it takes structured replies, but these do not tell.
     """
     if not flags and 0 < length <= MAX_PAYLOAD and offset + length <= info.size:
         if command == CMD_READ:
@@ -163,6 +170,8 @@ def request_error(info: ExportInfo, structured: bool, flags: int, command: int, 
     rule = _RULES.get(command)
     if rule is None:
         return 0 if command == CMD_DISC else EINVAL
+    if command == CMD_BLOCK_STATUS and not structured:
+        return EINVAL
     if rule.writes and info.flags & FLAG_READ_ONLY:
         return EPERM
     if flags & ~(rule.flags & _offered_flags(info.flags, structured)):
@@ -180,7 +189,7 @@ def _offered_flags(transmission_flags: int, structured: bool) -> int:
     if transmission_flags & FLAG_SEND_FAST_ZERO:
         offered |= CMD_FLAG_FAST_ZERO
     if structured:
-        offered |= CMD_FLAG_DF
+        offered |= CMD_FLAG_DF | CMD_FLAG_REQ_ONE
     return offered
 
 
@@ -227,103 +236,20 @@ def error_chunk(cookie: int, error: int, message: str) -> bytes:
     return head + ERROR.pack(error, len(text)) + text
 
 
-class Completed(NamedTuple):
-    """The answer to the request with this cookie.
-
-    ``error`` is 0 or a number of NBD_E*, ``message`` what the server said about it (often nothing);
-    ``data`` is what a successful read gave, and None otherwise.
-    """
-
-    cookie: int
-    error: int
-    message: str
-    data: bytes | bytearray | None
-
-
-class _Pending:
-    """A request in flight, and what the chunks of its reply have told so far."""
-
-    __slots__ = ("command", "content_chunks", "data", "error", "flags", "length", "message", "offset", "seen")
-
-    def __init__(self, command: int, flags: int, offset: int, length: int) -> None:
-        self.command = command
-        self.flags = flags
-        self.offset = offset
-        self.length = length
-        self.data: bytes | bytearray | None = None
-        self.seen: list[tuple[int, int]] = []  # what content chunks covered: apart, ascending, (start, end)
-        self.content_chunks = 0
-        self.error = 0
-        self.message = ""
-
-    def fail(self, error: int, message: str) -> None:
-        """Remember an error chunk: the first one tells most."""
-        if not self.error:
-            self.error, self.message = error, message
-
-    def cover(self, offset: int, size: int) -> int:
-        """Note a content chunk at ``offset`` of the export; returns its place in the data of this read."""
-        if self.command != CMD_READ:
-            raise RemoteProtocolError(f"data in the reply to command {self.command}")
-        start = offset - self.offset
-        end = start + size
-        if not 0 <= start < end <= self.length:
-            raise RemoteProtocolError(
-                f"{size} bytes at {offset} in the reply to a read of {self.length} at {self.offset}"
-            )
-        self.content_chunks += 1
-        if self.content_chunks > 1 and self.flags & CMD_FLAG_DF:
-            raise RemoteProtocolError("a read that was not to be fragmented is answered in pieces")
-        self._merge(start, end)
-        return start
-
-    def _merge(self, start: int, end: int) -> None:
-        seen = self.seen
-        after = bisect(seen, (start, end))
-        if (after and seen[after - 1][1] > start) or (after < len(seen) and seen[after][0] < end):
-            raise RemoteProtocolError(f"a part of the read at {self.offset} is sent twice")
-        first = after
-        if after and seen[after - 1][1] == start:
-            first, start = after - 1, seen[after - 1][0]
-        if after < len(seen) and seen[after][0] == end:
-            after, end = after + 1, seen[after][1]
-        seen[first:after] = [(start, end)]
-        if len(seen) > wire.MAX_FRAGMENTS:
-            raise RemoteProtocolError(f"a read is answered in more than {wire.MAX_FRAGMENTS} pieces apart")
-
-    def store(self, start: int, data: memoryview) -> None:
-        """Keep ``data``, which belongs at ``start`` of what is read."""
-        if len(data) == self.length:
-            self.data = bytes(data)
-            return
-        if not isinstance(self.data, bytearray):
-            self.data = bytearray(self.length)
-        self.data[start : start + len(data)] = data
-
-    def complete(self, cookie: int) -> Completed:
-        if self.error:
-            return Completed(cookie, self.error, self.message, None)
-        if self.command != CMD_READ:
-            return Completed(cookie, 0, "", None)
-        if self.length and self.seen != [(0, self.length)]:
-            raise RemoteProtocolError(f"the reply to the read at {self.offset} ends before its data")
-        if self.data is None:
-            self.data = bytes(self.length)  # nothing but holes, or nothing at all
-        return Completed(cookie, 0, "", self.data)
-
-
 class ClientTransmission:
     """The client's side of the transmission: any number of requests in flight, answered in any order.
 
-    ``structured`` is what the handshake agreed on. The memory it holds is that of the reads in flight.
+    ``structured`` and ``contexts``, the ids of metadata contexts, are what the handshake agreed on. The memory it
+    holds is that of the reads in flight.
     """
 
-    def __init__(self, structured: bool) -> None:
+    def __init__(self, structured: bool, contexts: Collection[int] = ()) -> None:
         self._structured = structured
-        self._pending: dict[int, _Pending] = {}
+        self._contexts = frozenset(contexts)
+        self._pending: dict[int, Pending] = {}
         self._last_cookie = 0
         self._head = bytearray()  # a message that is not all there yet, but for the data of a read
-        self._reading = _Pending(CMD_DISC, 0, 0, 0)  # whose data are being received
+        self._reading = Pending(CMD_DISC, 0, 0, 0)  # whose data are being received
         self._reading_cookie = 0
         self._read_position = 0  # where in it the next byte belongs
         self._read_missing = 0  # how many bytes are still to come
@@ -356,7 +282,7 @@ class ClientTransmission:
             ) from None
         self._last_cookie = cookie
         if command != CMD_DISC:
-            self._pending[cookie] = _Pending(command, flags, offset, length)
+            self._pending[cookie] = Pending(command, flags, offset, length)
         return cookie, [header, payload] if length and command == CMD_WRITE else [header]
 
     def receive_data(self, data: Buffer, completed: list[Completed]) -> None:
@@ -409,8 +335,9 @@ class ClientTransmission:
             if length <= OFFSET_DATA.size:
                 raise RemoteProtocolError(f"a chunk of data of {length} bytes, its offset included")
             return READ_CHUNK.size
-        if length > wire.MAX_ERROR_CHUNK:
-            raise RemoteProtocolError(f"a chunk of type {kind} of {length} bytes: the limit is {wire.MAX_ERROR_CHUNK}")
+        limit = MAX_STATUS_CHUNK if kind == REPLY_TYPE_BLOCK_STATUS and self._contexts else wire.MAX_ERROR_CHUNK
+        if length > limit:
+            raise RemoteProtocolError(f"a chunk of type {kind} of {length} bytes: the limit is {limit}")
         size: int = STRUCTURED_REPLY.size + length
         return size
 
@@ -446,21 +373,23 @@ class ClientTransmission:
             pending.fail(*_parse_error(kind, payload, pending))
         elif kind == REPLY_TYPE_OFFSET_HOLE:
             pending.cover(*_parse_hole(payload))
+        elif kind == REPLY_TYPE_BLOCK_STATUS:
+            pending.describe(payload, self._contexts)
         elif kind != REPLY_TYPE_NONE or length or not done:
             raise RemoteProtocolError(f"a chunk of type {kind}, length {length}, flags {flags}")
         if done:
             self._complete(cookie, completed)
 
-    def _find(self, cookie: int) -> _Pending:
+    def _find(self, cookie: int) -> Pending:
         pending = self._pending.get(cookie)
         if pending is None:
             raise RemoteProtocolError(f"a reply to a request that is not in flight, cookie {cookie}")
         return pending
 
     def _complete(self, cookie: int, completed: list[Completed]) -> None:
-        completed.append(self._pending.pop(cookie).complete(cookie))
+        completed.append(self._pending.pop(cookie).complete(cookie, self._contexts))
 
-    def _expect_data(self, cookie: int, pending: _Pending, offset: int, size: int, done: bool) -> None:
+    def _expect_data(self, cookie: int, pending: Pending, offset: int, size: int, done: bool) -> None:
         """``size`` bytes of the export from ``offset`` on follow."""
         self._read_position = pending.cover(offset, size)
         self._reading, self._reading_cookie = pending, cookie
@@ -485,7 +414,7 @@ def _parse_hole(payload: bytes) -> tuple[int, int]:
     return offset, size
 
 
-def _parse_error(kind: int, payload: bytes, pending: _Pending) -> tuple[int, str]:
+def _parse_error(kind: int, payload: bytes, pending: Pending) -> tuple[int, str]:
     """An error chunk, of a known type or not: its error number and its text."""
     rest_size = ERROR_OFFSET.size if kind == REPLY_TYPE_ERROR_OFFSET else 0
     if len(payload) < ERROR.size + rest_size:

@@ -35,6 +35,8 @@ INFO_COUNT = Struct(">H")  # NBD_OPT_GO: number of information requests
 INFO_TYPE = Struct(">H")  # NBD_OPT_GO: one request; NBD_REP_INFO: the type of what follows
 INFO_EXPORT = Struct(">HQH")  # NBD_INFO_EXPORT: type, size, transmission flags
 INFO_BLOCK_SIZE = Struct(">HIII")  # NBD_INFO_BLOCK_SIZE: type, minimum, preferred, maximum payload
+QUERY_COUNT = Struct(">I")  # NBD_OPT_LIST_META_CONTEXT, NBD_OPT_SET_META_CONTEXT: number of queries
+META_CONTEXT = Struct(">I")  # NBD_REP_META_CONTEXT: the context's id; its name follows
 
 EXPORT_NAME_PADDING: Final = 124  # zeros after EXPORT_NAME_REPLY, unless NBD_FLAG_C_NO_ZEROES
 
@@ -45,6 +47,8 @@ SIMPLE_REPLY = Struct(">IIQ")  # "Simple reply message": magic, error, cookie
 STRUCTURED_REPLY = Struct(">IHHQI")  # "Structured reply chunk message": magic, flags, type, cookie, length
 OFFSET_DATA = Struct(">Q")  # NBD_REPLY_TYPE_OFFSET_DATA: offset; the data follow
 OFFSET_HOLE = Struct(">QI")  # NBD_REPLY_TYPE_OFFSET_HOLE: offset, hole size
+BLOCK_STATUS = Struct(">I")  # NBD_REPLY_TYPE_BLOCK_STATUS: the context's id; the descriptors follow
+DESCRIPTOR = Struct(">II")  # NBD_REPLY_TYPE_BLOCK_STATUS: length of an extent, its status
 ERROR = Struct(">IH")  # NBD_REPLY_TYPE_ERROR: error, message length; the message follows
 ERROR_OFFSET = Struct(">Q")  # NBD_REPLY_TYPE_ERROR_OFFSET: the offset, after the message
 READ_CHUNK = Struct(">IHHQIQ")  # STRUCTURED_REPLY and OFFSET_DATA in one: what precedes the data of a read
@@ -64,6 +68,8 @@ MAX_REPLY_LENGTH: Final = 64 << 10  # bytes of an option reply that a client tak
 MAX_LIST_LENGTH: Final = 16 << 20  # bytes of a list of exports that a client takes: 100,000 long names
 MAX_MINIMUM_BLOCK: Final = 64 << 10  # "Size constraints": the largest minimum that a server may ask for
 MAX_ERROR_CHUNK: Final = MAX_STRING_LENGTH + 64  # bytes of an error chunk: its text and its numbers
+MAX_QUERIES: Final = 256  # of a client for metadata contexts; there are three to be had
+MAX_DESCRIPTORS: Final = 1 << 20  # in one chunk of block status ("SHOULD NOT send more than 2^20")
 MAX_FRAGMENTS: Final = 16384  # separate ranges of one read that a client keeps track of
 
 MINIMUM_BLOCK: Final = 1  # any range of bytes may be read and written
@@ -101,6 +107,8 @@ class Option(IntEnum):
     INFO = 6
     GO = 7
     STRUCTURED_REPLY = 8
+    LIST_META_CONTEXT = 9
+    SET_META_CONTEXT = 10
 
 
 class OptionReply(IntEnum):
@@ -109,6 +117,7 @@ class OptionReply(IntEnum):
     ACK = 1
     SERVER = 2
     INFO = 3
+    META_CONTEXT = 4
     ERR_UNSUP = (1 << 31) + 1
     ERR_POLICY = (1 << 31) + 2
     ERR_INVALID = (1 << 31) + 3
@@ -142,6 +151,7 @@ class Command(IntEnum):
     TRIM = 4
     CACHE = 5
     WRITE_ZEROES = 6
+    BLOCK_STATUS = 7
 
 
 class CommandFlag(IntFlag):
@@ -150,6 +160,7 @@ class CommandFlag(IntFlag):
     FUA = 1 << 0
     NO_HOLE = 1 << 1
     DF = 1 << 2
+    REQ_ONE = 1 << 3
     FAST_ZERO = 1 << 4
 
 
@@ -165,8 +176,16 @@ class ReplyType(IntEnum):
     NONE = 0
     OFFSET_DATA = 1
     OFFSET_HOLE = 2
+    BLOCK_STATUS = 5
     ERROR = (1 << 15) + 1
     ERROR_OFFSET = (1 << 15) + 2
+
+
+class State(IntFlag):
+    """The status of an extent in ``base:allocation`` (NBD_STATE_*)."""
+
+    HOLE = 1 << 0
+    ZERO = 1 << 1
 
 
 class Errno(IntEnum):
@@ -191,16 +210,19 @@ CMD_FLUSH: Final = int(Command.FLUSH)
 CMD_TRIM: Final = int(Command.TRIM)
 CMD_CACHE: Final = int(Command.CACHE)
 CMD_WRITE_ZEROES: Final = int(Command.WRITE_ZEROES)
+CMD_BLOCK_STATUS: Final = int(Command.BLOCK_STATUS)
 
 CMD_FLAG_FUA: Final = int(CommandFlag.FUA)
 CMD_FLAG_NO_HOLE: Final = int(CommandFlag.NO_HOLE)
 CMD_FLAG_DF: Final = int(CommandFlag.DF)
+CMD_FLAG_REQ_ONE: Final = int(CommandFlag.REQ_ONE)
 CMD_FLAG_FAST_ZERO: Final = int(CommandFlag.FAST_ZERO)
 
 REPLY_FLAG_DONE: Final = int(ReplyFlag.DONE)
 REPLY_TYPE_NONE: Final = int(ReplyType.NONE)
 REPLY_TYPE_OFFSET_DATA: Final = int(ReplyType.OFFSET_DATA)
 REPLY_TYPE_OFFSET_HOLE: Final = int(ReplyType.OFFSET_HOLE)
+REPLY_TYPE_BLOCK_STATUS: Final = int(ReplyType.BLOCK_STATUS)
 REPLY_TYPE_ERROR: Final = int(ReplyType.ERROR)
 REPLY_TYPE_ERROR_OFFSET: Final = int(ReplyType.ERROR_OFFSET)
 REPLY_TYPE_IS_ERROR: Final = 1 << 15  # the bit that marks an error chunk, of a known type or not

@@ -4,9 +4,10 @@ When the socket is readable, all that it holds is received into a buffer that al
 in it is run, and the replies go out in one call. A request that can be answered from memory costs no task, no future
 and no allocation that grows; what would wait for a disk goes to a thread, and its reply is sent when it is done.
 
-What bounds the memory of a connection: a read starts only while less than ``MAX_UNSENT`` bytes of replies are unsent or
-being read (one read more, at the most), and waits otherwise; nothing more is received while one of the limits below is
-reached. Receiving goes on until then, since a client may send a write before it reads what it asked for.
+What bounds the memory of a connection: a read, or a question for block status, starts only while less than
+``MAX_UNSENT`` bytes of replies are unsent or being made (one of them more, at the most), and waits otherwise; nothing
+more is received while one of the limits below is reached. Receiving goes on until then, since a client may send a write
+before it reads what it asked for.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import logging
 import socket
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from mmap import mmap
 from time import perf_counter
 from typing import Any
@@ -30,11 +32,13 @@ from nbdclone.protocol.transmission import (
     request_error,
 )
 from nbdclone.protocol.wire import (
+    CMD_BLOCK_STATUS,
     CMD_CACHE,
     CMD_DISC,
     CMD_FLAG_FAST_ZERO,
     CMD_FLAG_FUA,
     CMD_FLAG_NO_HOLE,
+    CMD_FLAG_REQ_ONE,
     CMD_FLUSH,
     CMD_READ,
     CMD_TRIM,
@@ -50,6 +54,7 @@ from nbdclone.protocol.wire import (
     SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY_MAGIC,
 )
+from nbdclone.server.block_status import block_status, largest_reply
 from nbdclone.server.buffers import MIN_BUFFER, PAGE, BufferPool
 from nbdclone.server.errnos import describe, nbd_errno
 from nbdclone.server.export import Export
@@ -69,7 +74,7 @@ MAX_UNSENT = 8 << 20
 # When no more is received. Each may be passed by what one receive brings: 256 KiB of requests, or one payload.
 MAX_HELD_WRITES = 16 << 20  # bytes of payload that wait for threads
 MAX_IN_FLIGHT = 1024  # requests that threads work on or will: the kernel's client has 128 at most
-MAX_WAITING = 1024  # reads that wait for room
+MAX_WAITING = 1024  # reads and questions that wait for room
 MAX_BACKLOG = 12 << 20  # bytes of replies that the client does not take: more than reads alone can make it
 MAX_PIECES = 4096  # the same, in pieces: each has its own small cost
 # A full disk fails thousands of requests a second; the log says it once in this time for each connection.
@@ -103,15 +108,16 @@ class Session:
         self._clone = export.clone
         self._info = negotiated.export
         self._structured = negotiated.structured_replies
+        self._contexts = negotiated.contexts
         self._read_header = READ_CHUNK.size if self._structured else SIMPLE_REPLY.size
         self._buffers = scratch.buffers
         self._offload = offload
         self._loop = loop
         self._input = Input(sock, loop, scratch.received, scratch.buffers, self, self._on_readable)
         self._output = Output(sock, loop, scratch.gather, scratch.buffers, self._on_room, self._lose)
-        self._waiting: deque[tuple[int, int, int]] = deque()  # reads (cookie, offset, length), until there is room
+        self._waiting: deque[Callable[[], None]] = deque()  # what makes large replies, until there is room
         self._in_flight = 0  # requests that threads work on
-        self._reading = 0  # bytes of buffers that threads read into
+        self._reading = 0  # bytes of replies that threads make
         self._held_writes = 0  # bytes of payload that threads write, or will
         self._prefetching = False  # a thread runs a CACHE
         self._draining = False  # no more requests: answer those there are, and end
@@ -173,7 +179,7 @@ class Session:
                 self._reply(cookie, error)
             elif command == CMD_READ:
                 if self._waiting or self._output.backlog + self._reading >= MAX_UNSENT:
-                    self._waiting.append((cookie, offset, length))
+                    self._waiting.append(partial(self._read, cookie, offset, length))
                 else:
                     self._read(cookie, offset, length)
             elif command == CMD_WRITE:
@@ -230,7 +236,10 @@ class Session:
             self._in_flight += 1
             work = lambda: clone.zero(offset, length, allocate=allocate)  # noqa: E731
             self._export.change(work, self._finisher(cookie, fua=bool(flags & CMD_FLAG_FUA)))
-        else:  # a command that request_error let through and nobody runs
+        elif command == CMD_BLOCK_STATUS and self._contexts:
+            self._waiting.append(partial(self._tell_status, cookie, offset, length, bool(flags & CMD_FLAG_REQ_ONE)))
+            self._start_waiting()
+        else:  # block status without a context
             self._reply(cookie, EINVAL)
 
     def _read(self, cookie: int, offset: int, length: int) -> None:
@@ -308,6 +317,24 @@ class Session:
             self._guarded(self._resume)
 
         self._offload.submit(lambda: clone.read_into(view[PAGE : PAGE + length], offset), done)
+
+    def _tell_status(self, cookie: int, offset: int, length: int, one: bool) -> None:
+        clone, contexts = self._clone, self._contexts
+        held = largest_reply(contexts, one)
+        self._in_flight += 1
+        self._reading += held
+
+        def done(chunks: list[bytes], error: BaseException | None) -> None:
+            self._in_flight -= 1
+            self._reading -= held
+            if error is not None:
+                self._fail(cookie, error)
+            else:
+                for chunk in chunks:
+                    self._output.add(chunk)
+            self._guarded(self._resume)
+
+        self._offload.submit(lambda: block_status(clone, contexts, cookie, offset, length, one), done)
 
     def _write(self, flags: int, cookie: int, offset: int, view: memoryview, buffer: mmap | None) -> None:
         """Run a write, on the spot if nothing makes it wait. ``buffer`` is its own, to be given back, or None."""
@@ -403,12 +430,15 @@ class Session:
 
     def _resume(self) -> None:
         """Go on with what waited for room, as far as there is some."""
-        while self._waiting and self._output.backlog + self._reading < MAX_UNSENT and not self._lost:
-            self._read(*self._waiting.popleft())
+        self._start_waiting()
         self._output.push()
         if not (self._draining or self._lost or self._full()):
             self._input.start()
         self._check_over()
+
+    def _start_waiting(self) -> None:
+        while self._waiting and self._output.backlog + self._reading < MAX_UNSENT and not self._lost:
+            self._waiting.popleft()()
 
     def _lose(self) -> None:
         """The connection is gone. Threads that work for it are waited for; nobody hears of what they did."""

@@ -19,11 +19,12 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from types import TracebackType
 
 from nbdclone.errors import UsageError
 from nbdclone.store.delta import Delta
-from nbdclone.store.fs import FILE_SYSTEM, FileSystem
+from nbdclone.store.fs import FILE_SYSTEM, FileSystem, data_and_holes
 from nbdclone.store.layer import (
     BLOCK_SHIFT,
     BLOCK_SIZE,
@@ -31,6 +32,7 @@ from nbdclone.store.layer import (
     MAX_LAYERS,
     NOWHERE,
     SEGMENT_SIZE,
+    Extent,
     Layer,
     block_count,
     may_hold_zeros,
@@ -39,6 +41,8 @@ from nbdclone.store.layer import (
 )
 
 BLOCK_MASK = BLOCK_SIZE - 1
+# How many stretches of a disk are looked at for one question about its extents: some 10 us of a thread each.
+MAX_EXTENTS = 4096
 _RUN = re.compile(rb"(.)\1*", re.DOTALL)
 _SOMEWHERE = re.compile(rb"[^\0]+")
 _ZERO_BLOCK = bytes(BLOCK_SIZE)
@@ -168,6 +172,40 @@ class Clone:
             if owner != NOWHERE:
                 at = position + (position // SEGMENT_SIZE + 1) * self._strides[owner]
                 self._fs.fadvise(self._fds[owner], at, count, os.POSIX_FADV_WILLNEED)
+
+    def extents(self, offset: int, length: int, limit: int = MAX_EXTENTS) -> Iterator[Extent]:
+        """Tell, in order and without gaps, from where the range is read; neighbours that are alike are one.
+
+        Waits for the disk, and looks no further than it is asked to go on. It may end before the range does, after
+        ``limit`` steps, but not before it told something. A change that runs beside it is told, or not. Raises
+        UsageError beyond the end, OSError.
+        """
+        self._require_inside(offset, length)
+        last: Extent | None = None
+        for extent in islice(self._stretches(offset, length), limit):
+            if last is not None and last[1:] == extent[1:]:
+                last = last._replace(length=last.length + extent.length)
+                continue
+            if last is not None:
+                yield last
+            last = extent
+        if last is not None:
+            yield last
+
+    def _stretches(self, offset: int, length: int) -> Iterator[Extent]:
+        """The same, unbounded and unmerged: each within one segment and one layer."""
+        for owner, start, count in self._runs(offset, length, nowait=False):
+            if owner == NOWHERE:
+                yield Extent(count, NOWHERE, 0, True)
+                continue
+            depth = self._top - owner + 1
+            shift = (start // SEGMENT_SIZE + 1) * self._strides[owner]
+            stop = start + count
+            # Whole blocks, and data rather than a hole where a block is a bit of both. A hole that is filled at this
+            # moment was one when the question came; a block that was written before is data by its file already.
+            for hole, end in data_and_holes(self._fs, self._fds[owner], start + shift, stop + shift, BLOCK_SIZE):
+                yield Extent(end - shift - start, owner, depth, hole)
+                start = end - shift
 
     # Changing
 

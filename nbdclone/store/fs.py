@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,37 @@ class FileSystem:
             self.pwrite_all(fd, memoryview(piece)[:count], offset)
             offset += count
             length -= count
+
+
+def data_and_holes(fs: FileSystem, fd: int, start: int, stop: int, unit: int) -> Iterator[tuple[bool, int]]:
+    """Divide [start, stop) of a file: (is it a hole?, its end), in turn, where one ends at multiples of ``unit`` only.
+
+    What lies beyond the end of the file is a hole. A file system that knows no holes has data everywhere. The seeks
+    move the descriptor's position: nobody else may use that, and two at once do not mind each other.
+    """
+    while start < stop:
+        data = min(_seek(fs, fd, start, os.SEEK_DATA, otherwise=start), stop)
+        data = max(data - data % unit, start) if data < stop else stop
+        if data > start:
+            yield True, data
+        if data < stop:
+            hole = _seek(fs, fd, data - data % unit + unit - 1, os.SEEK_HOLE, otherwise=stop)
+            start = min(hole + -hole % unit, stop)
+            yield False, start
+        else:
+            start = stop
+
+
+def _seek(fs: FileSystem, fd: int, position: int, whence: int, otherwise: int) -> int:
+    """Where data or a hole begins, at ``position`` or behind it; ``otherwise`` if the file system cannot say."""
+    try:
+        return fs.lseek(fd, position, whence)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # nothing but a hole up to the end of the file, or beyond it
+            return sys.maxsize if whence == os.SEEK_DATA else position
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return otherwise
+        raise
 
 
 def lock_holders() -> dict[tuple[int, int], int]:

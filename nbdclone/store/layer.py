@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 SECTOR_SIZE = 512
 BLOCK_SIZE = 4096
@@ -54,6 +54,20 @@ class Layer(Protocol):
 
     def close(self) -> None:
         """Let go of the file and of the lock on it."""
+
+
+class Extent(NamedTuple):
+    """A stretch of a disk, ``length`` bytes of it, all alike.
+
+    ``origin`` is the layer that it is read from: NOWHERE, 1 for the base, 2 and up for those above it. ``depth`` is the
+    same as seen from the top: 0 for NOWHERE, 1 for the topmost layer, 2 for the one under it. A ``hole`` takes no
+    space there, and reads as zeros.
+    """
+
+    length: int
+    origin: int
+    depth: int
+    hole: bool
 
 
 @functools.lru_cache(maxsize=2 * (MAX_LAYERS + 1))

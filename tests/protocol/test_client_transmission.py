@@ -11,7 +11,8 @@ import wirebytes as w
 
 from nbdclone.errors import LocalProtocolError, RemoteProtocolError
 from nbdclone.protocol import wire
-from nbdclone.protocol.transmission import ClientTransmission, Completed
+from nbdclone.protocol.pending import Completed
+from nbdclone.protocol.transmission import ClientTransmission
 
 
 def client_with(

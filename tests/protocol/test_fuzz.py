@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from nbdclone.errors import RemoteProtocolError
 from nbdclone.protocol import wire
-from nbdclone.protocol.client_handshake import ClientHandshake, ExportDescribed, ExportList, Ready, Refused
+from nbdclone.protocol.client_handshake import ClientHandshake, ContextsSet, ExportDescribed, ExportList, Ready, Refused
 from nbdclone.protocol.handshake import ListExports, OpenExport, ServerHandshake
-from nbdclone.protocol.transmission import ClientTransmission, Completed, Request, parse_requests, request_error
+from nbdclone.protocol.pending import Completed
+from nbdclone.protocol.transmission import ClientTransmission, Request, parse_requests, request_error
 from nbdclone.protocol.wire import ExportInfo, transmission_flags
 
 INFO = ExportInfo("web1", 1 << 20, transmission_flags(False), "a disk")
@@ -27,6 +28,14 @@ options = st.one_of(
         st.sampled_from([w.INFO, w.GO]),
         st.sampled_from([b"web1", b"nobody", b"", b"\xff", b"x" * 5000]),
         st.lists(st.integers(0, 5), max_size=5),
+    ),
+    st.builds(
+        lambda number, name, queries: w.option(number, w.context_request(name, *queries)),
+        st.sampled_from([w.LIST_CONTEXTS, w.SET_CONTEXTS]),
+        st.sampled_from([b"web1", b"nobody", b"\xff"]),
+        st.lists(
+            st.sampled_from([b"base:", b"base:allocation", b"qemu:allocation-depth", b"x", b"y:\xff"]), max_size=3
+        ),
     ),
     st.builds(w.option, st.just(w.EXPORT_NAME), st.sampled_from([b"web1", b"nobody", b"a\0b"])),
 )
@@ -85,11 +94,18 @@ def test_garbage_to_a_server_raises_nothing_but_the_peers_fault(pieces: list[byt
 
 replies = st.one_of(
     st.builds(
-        w.option_reply, st.sampled_from([3, 6, 7, 8]), st.sampled_from([1, 2, 3, 4, w.UNSUP]), st.binary(max_size=30)
+        w.option_reply,
+        st.sampled_from([3, 6, 7, 8, 10]),
+        st.sampled_from([1, 2, 3, 4, w.UNSUP]),
+        st.binary(max_size=30),
     ),
     st.just(w.option_reply(w.STRUCTURED_REPLY, w.ACK)),
     st.just(w.option_reply(w.LIST, w.SERVER, w.listed(b"web1", b"a disk")) + w.option_reply(w.LIST, w.ACK)),
     st.just(w.option_reply(w.GO, w.UNSUP)),
+    st.just(
+        w.option_reply(w.SET_CONTEXTS, w.REP_CONTEXT, w.context(7, b"base:allocation"))
+        + w.option_reply(w.SET_CONTEXTS, w.ACK)
+    ),
     *(
         st.just(
             w.option_reply(number, w.REP_INFO, w.info_block_size(1, 4096, 1 << 25))
@@ -109,7 +125,7 @@ server_streams = st.builds(
 
 
 def haggle(pieces: list[bytes]) -> tuple[list[object], bytes]:
-    """All that a client makes of the pieces, which asks for a list, then about an export, then to use it."""
+    """All that a client makes of the pieces, which asks for a list, about an export, for a context, then to use it."""
     client = ClientHandshake()
     seen: list[object] = []
     rest = b""
@@ -124,6 +140,8 @@ def haggle(pieces: list[bytes]) -> tuple[list[object], bytes]:
                     case ExportList() | Refused(w.LIST):
                         client.info("web1")
                     case ExportDescribed() | Refused(w.INFO):
+                        client.set_contexts("web1", ["base:allocation"])
+                    case ContextsSet() | Refused(w.SET_CONTEXTS):
                         client.go("web1")
             if client.finished:
                 rest = client.trailing_data() + b"".join(pieces[index + 1 :])
@@ -214,9 +232,9 @@ def test_a_request_that_may_be_run_stays_within_the_export(
     assert error in {0, 1, 22, 28, 75}
     if error or command == w.DISC:
         return
-    assert command <= w.WRITE_ZEROES
-    assert not flags & ~(w.FUA | w.NO_HOLE | w.DF | w.FAST_ZERO)
-    assert not read_only or command in (w.READ, w.CACHE, w.FLUSH)
+    assert command <= w.BLOCK_STATUS
+    assert not flags & ~(w.FUA | w.NO_HOLE | w.DF | w.REQ_ONE | w.FAST_ZERO)
+    assert not read_only or command in (w.READ, w.CACHE, w.FLUSH, w.BLOCK_STATUS)
     assert offset + length <= info.size
     assert length > 0 or command == w.FLUSH
     assert length <= wire.MAX_PAYLOAD
@@ -232,7 +250,14 @@ chunks = st.one_of(
         w.error_chunk, st.integers(1, 4), st.sampled_from([0, 5]), st.binary(max_size=9), flags=st.integers(0, 1)
     ),
     st.builds(w.error_offset_chunk, st.integers(1, 4), st.just(5), st.integers(98, 110), flags=st.integers(0, 1)),
-    st.builds(w.chunk, st.integers(0, 6), st.integers(1, 4), st.binary(max_size=20), flags=st.integers(0, 1)),
+    st.builds(
+        w.status_chunk,
+        st.integers(1, 5),
+        st.sampled_from([7, 7, 9]),
+        st.tuples(st.integers(0, 9), st.integers(0, 3)),
+        flags=st.integers(0, 1),
+    ),
+    st.builds(w.chunk, st.integers(0, 6), st.integers(1, 5), st.binary(max_size=20), flags=st.integers(0, 1)),
     st.sampled_from(
         [w.data_chunk(1, 100, b"abcd"), w.data_chunk(2, 104, b"efgh"), w.simple(3), w.simple(1, 0, b"abcd")]
     ),
@@ -243,12 +268,13 @@ reply_streams = st.builds(
 
 
 def take(pieces: list[bytes], structured: bool) -> list[object]:
-    """All that a client makes of the pieces, which has two reads, a write and a flush in flight."""
-    client = ClientTransmission(structured)
+    """All that a client makes of the pieces, which has two reads, a write, a flush and a question in flight."""
+    client = ClientTransmission(structured, [7])
     client.send_request(w.READ, 0, 100, 4)
     client.send_request(w.READ, 0, 104, 4)
     client.send_request(w.WRITE, 0, 100, 4, b"data")
     client.send_request(w.FLUSH, 0, 0, 0)
+    client.send_request(w.BLOCK_STATUS, 0, 100, 4)
     completed: list[Completed] = []
     failure = None
     try:

@@ -135,7 +135,9 @@ EDGES = [
     (w.WRITE_ZEROES, 0, 0, EINVAL),
     (w.DISC, 0, 0, 0),
     (w.DISC, 5, 7, 0),
-    (w.BLOCK_STATUS, 0, 512, EINVAL),
+    (w.BLOCK_STATUS, 0, 0, EINVAL),
+    (w.BLOCK_STATUS, SIZE - 1, 2, EINVAL),
+    (w.BLOCK_STATUS, (1 << 64) - 1, 0xFFFFFFFF, EINVAL),
     (8, 0, 512, EINVAL),
     (0xFFFF, 0, 0, EINVAL),
 ]
@@ -163,7 +165,7 @@ def test_a_write_to_a_read_only_export_is_eperm_whatever_else_is_wrong(
         (w.READ, 1, SIZE, EINVAL),
         (w.CACHE, 0, 512, 0),
         (w.FLUSH, 0, 0, 0),
-        (w.BLOCK_STATUS, 0, 512, EINVAL),
+        (w.BLOCK_STATUS, 0, 512, 0),
     ],
 )
 def test_a_read_only_export_answers_what_does_not_write(command: int, offset: int, length: int, error: int) -> None:
@@ -179,16 +181,21 @@ def test_fua_is_accepted_on_every_command_where_it_was_offered(command: int) -> 
     assert request_error(without, False, 0, command, 0, length) == 0
 
 
-KNOWN_FLAGS = {w.READ: w.FUA | w.DF, w.WRITE_ZEROES: w.FUA | w.NO_HOLE | w.FAST_ZERO}
+KNOWN_FLAGS = {w.READ: w.FUA | w.DF, w.BLOCK_STATUS: w.FUA | w.REQ_ONE, w.WRITE_ZEROES: w.FUA | w.NO_HOLE | w.FAST_ZERO}
 
 
-@pytest.mark.parametrize("command", [w.READ, w.WRITE, w.TRIM, w.CACHE, w.WRITE_ZEROES, w.FLUSH])
+@pytest.mark.parametrize("command", [w.READ, w.WRITE, w.TRIM, w.CACHE, w.WRITE_ZEROES, w.FLUSH, w.BLOCK_STATUS])
 @pytest.mark.parametrize("bit", range(16))
 def test_a_flag_that_the_command_does_not_know_is_einval(command: int, bit: int) -> None:
     known = KNOWN_FLAGS.get(command, w.FUA)
     length = 0 if command == w.FLUSH else 512
     expected = 0 if known >> bit & 1 else EINVAL
     assert request_error(WRITABLE, True, 1 << bit, command, 0, length) == expected
+
+
+def test_block_status_needs_structured_replies() -> None:
+    assert request_error(WRITABLE, True, w.REQ_ONE, w.BLOCK_STATUS, 0, 512) == 0
+    assert request_error(WRITABLE, False, 0, w.BLOCK_STATUS, 0, 512) == EINVAL
 
 
 def test_df_needs_structured_replies() -> None:
@@ -228,9 +235,9 @@ def test_a_read_above_the_limit_says_so_as_its_kind_of_reply_can() -> None:
     assert request_error(LARGE, True, 0, w.READ, (1 << 40) - 5, over) == EINVAL
 
 
-@pytest.mark.parametrize("command", [w.TRIM, w.CACHE, w.WRITE_ZEROES])
+@pytest.mark.parametrize("command", [w.TRIM, w.CACHE, w.WRITE_ZEROES, w.BLOCK_STATUS])
 def test_only_payloads_are_limited(command: int) -> None:
-    assert request_error(LARGE, False, 0, command, 0, 0xFFFFFFFF) == 0
+    assert request_error(LARGE, True, 0, command, 0, 0xFFFFFFFF) == 0
 
 
 # Builders

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 
 IHAVEOPT = b"IHAVEOPT"
 EXPORT_NAME, ABORT, LIST, PEEK_EXPORT, STARTTLS, INFO, GO, STRUCTURED_REPLY = range(1, 9)
-ACK, SERVER, REP_INFO = 1, 2, 3
+LIST_CONTEXTS, SET_CONTEXTS = 9, 10
+ACK, SERVER, REP_INFO, REP_CONTEXT = 1, 2, 3, 4
 UNSUP, POLICY, INVALID, PLATFORM, TLS_REQD, UNKNOWN, SHUTDOWN, BLOCK_SIZE_REQD, TOO_BIG = range(
     (1 << 31) + 1, (1 << 31) + 10
 )
@@ -16,7 +17,7 @@ FIXED, NO_ZEROES = 1, 2
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
 FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO = 1, 2, 4, 8, 16
 DONE = 1
-NONE, DATA, HOLE, ERROR, ERROR_OFFSET = 0, 1, 2, 0x8001, 0x8002
+NONE, DATA, HOLE, STATUS, ERROR, ERROR_OFFSET = 0, 1, 2, 5, 0x8001, 0x8002
 
 
 def client_flags(flags: int = FIXED | NO_ZEROES) -> bytes:
@@ -29,6 +30,15 @@ def option(number: int, data: bytes = b"") -> bytes:
 
 def export_request(name: bytes, *infos: int) -> bytes:
     return struct.pack(">I", len(name)) + name + struct.pack(f">H{len(infos)}H", len(infos), *infos)
+
+
+def context_request(name: bytes, *queries: bytes) -> bytes:
+    strings = [struct.pack(">I", len(string)) + string for string in (name, *queries)]
+    return strings[0] + struct.pack(">I", len(queries)) + b"".join(strings[1:])
+
+
+def context(number: int, name: bytes) -> bytes:
+    return struct.pack(">I", number) + name
 
 
 def greeting(flags: int = FIXED | NO_ZEROES) -> bytes:
@@ -71,6 +81,11 @@ def data_chunk(cookie: int, offset: int, data: bytes, *, flags: int = DONE) -> b
 
 def hole_chunk(cookie: int, offset: int, size: int, *, flags: int = DONE) -> bytes:
     return chunk(HOLE, cookie, struct.pack(">QI", offset, size), flags=flags)
+
+
+def status_chunk(cookie: int, context: int, *extents: tuple[int, int], flags: int = DONE) -> bytes:
+    payload = struct.pack(">I", context) + b"".join(struct.pack(">II", *extent) for extent in extents)
+    return chunk(STATUS, cookie, payload, flags=flags)
 
 
 def error_chunk(cookie: int, error: int, message: bytes = b"", *, flags: int = DONE) -> bytes:
