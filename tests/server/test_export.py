@@ -96,7 +96,7 @@ async def test_reads_right_after_the_page_cache_was_dropped(tmp_path: Path) -> N
             await other.pread(512, 0)
             slowest = max(slowest, time.perf_counter() - began)
         assert [bytes(expected[offset : offset + 8192]) for offset in offsets] == await reading
-        assert slowest < 1.0
+        assert slowest < 5.0
         assert await client.pread(16 * MIB, 0) == expected
 
 

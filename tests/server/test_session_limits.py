@@ -93,7 +93,7 @@ async def test_a_client_that_never_reads_is_held_back_alone(pool: Pool, bound: i
                 assert await other.pread(4096, 4096) == BASE[4096:8192]
                 slowest = max(slowest, time.perf_counter() - began)
                 await asyncio.sleep(0.005)
-            assert slowest < 0.5
+            assert slowest < 5.0
             # Beyond the bound: one read, and the replies to what was received at once.
             assert theirs._output.backlog + theirs._reading <= bound + length + (512 << 10)
             assert len(theirs._waiting) + theirs._in_flight <= 2 * session.MAX_IN_FLIGHT + ONE_RECEIVE
