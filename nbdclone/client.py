@@ -43,7 +43,6 @@ from nbdclone.protocol.pending import Completed
 from nbdclone.protocol.transmission import Buffer, ClientTransmission
 from nbdclone.protocol.wire import Command, CommandFlag, Errno, ExportInfo, OptionReply, TransmissionFlag
 
-DEFAULT_PORT: Final = 10809  # IANA's port for NBD
 CONNECT_TIMEOUT_S: Final = 30.0  # connecting and the handshake together
 CLOSE_TIMEOUT_S: Final = 5.0  # for the server to close the connection after NBD_CMD_DISC
 RECEIVE_BUFFER: Final = 256 << 10  # a Unix socket hands over about 200 KiB at a time
@@ -78,7 +77,7 @@ class Address:
             return cls("", 0, uri, "")
         try:
             parts = urlsplit(uri)
-            port = parts.port or DEFAULT_PORT
+            port = parts.port or wire.DEFAULT_PORT
         except ValueError as error:
             raise UsageError(f"{uri}: {error}") from None
         export = unquote(parts.path.removeprefix("/"))

@@ -13,6 +13,8 @@ from typing import Final
 
 from nbdclone.errors import LocalProtocolError
 
+DEFAULT_PORT: Final = 10809  # IANA's number for NBD
+
 # Magic numbers
 
 INIT_PASSWD: Final = 0x4E42444D41474943  # "NBDMAGIC"

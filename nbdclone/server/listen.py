@@ -13,8 +13,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from nbdclone.errors import InUse, UsageError
+from nbdclone.protocol.wire import DEFAULT_PORT
 
-DEFAULT_PORT = 10809  # IANA's number for NBD
 BACKLOG = 1024
 
 _ADDRESS = re.compile(r"(?:\[(?P<bracketed>[^\]]+)\]|(?P<host>[^:\[\]]*))(?::(?P<port>\d{1,5}))?")
