@@ -41,7 +41,7 @@ from nbdclone.protocol.client_handshake import (
 from nbdclone.protocol.handshake import Negotiated
 from nbdclone.protocol.pending import Completed
 from nbdclone.protocol.transmission import Buffer, ClientTransmission
-from nbdclone.protocol.wire import Command, CommandFlag, Errno, ExportInfo, OptionReply, TransmissionFlag
+from nbdclone.protocol.wire import Command, CommandFlag, Errno, ExportInfo, Mode, OptionReply, TransmissionFlag
 
 CONNECT_TIMEOUT_S: Final = 30.0  # connecting and the handshake together
 CLOSE_TIMEOUT_S: Final = 5.0  # for the server to close the connection after NBD_CMD_DISC
@@ -49,6 +49,7 @@ RECEIVE_BUFFER: Final = 256 << 10  # a Unix socket hands over about 200 KiB at a
 FLUSH_ABOVE: Final = 64 << 10  # smaller requests of one turn of the loop are sent together
 MAX_PIECE: Final = wire.ADVERTISED_MAX_PAYLOAD  # the payload that every server takes
 MAX_RANGE: Final = 1 << 30  # bytes of one request without a payload
+MAX_EXTENDED_RANGE: Final = 1 << 63  # the same with extended headers: all of any disk
 
 Names = list[str]
 Pieces = list[tuple[int, int, Buffer]]  # offset, length, payload
@@ -92,9 +93,9 @@ class Address:
 class _Connection(asyncio.BufferedProtocol):
     """One connection: the protocol core between a transport and the tasks that wait for answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, mode: Mode) -> None:
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.handshake = ClientHandshake()
+        self.handshake = ClientHandshake(mode)
         self.failure: NBDCloneError | None = None
         self._buffer = memoryview(mmap(-1, RECEIVE_BUFFER))  # page-aligned, which the kernel copies into faster
         self._transport: asyncio.Transport | None = None
@@ -141,7 +142,7 @@ class _Connection(asyncio.BufferedProtocol):
         if self.handshake.finished is not None:
             negotiated = self.handshake.finished
             contexts = [number for number, _name in negotiated.contexts]
-            self._transmission = ClientTransmission(negotiated.structured_replies, contexts)
+            self._transmission = ClientTransmission(negotiated.mode, contexts)
             self._transmit(self._transmission, self.handshake.trailing_data())
 
     def _transmit(self, transmission: ClientTransmission, data: Buffer) -> None:
@@ -183,7 +184,13 @@ class _Connection(asyncio.BufferedProtocol):
             self._send([message])
 
     async def submit(
-        self, command: int, flags: int, offset: int, length: int, payload: Buffer = b""
+        self,
+        command: int,
+        flags: int,
+        offset: int,
+        length: int,
+        payload: Buffer = b"",
+        contexts: Collection[int] | None = None,
     ) -> asyncio.Future[Completed | NBDCloneError]:
         """Send a request as soon as the transport takes it; the future gives its answer, or why there is none."""
         while self._paused:
@@ -192,7 +199,7 @@ class _Connection(asyncio.BufferedProtocol):
             raise _again(self.failure)
         if self._transmission is None:
             raise LocalProtocolError("the handshake has not finished")
-        cookie, buffers = self._transmission.send_request(command, flags, offset, length, payload)
+        cookie, buffers = self._transmission.send_request(command, flags, offset, length, payload, contexts)
         waiter = self._waiters[cookie] = asyncio.get_running_loop().create_future()
         self._send(buffers)
         return waiter
@@ -243,9 +250,9 @@ class _Connection(asyncio.BufferedProtocol):
 class Client:
     """An export of an NBD server, opened. Made by ``connect``; an asynchronous context manager.
 
-    ``export`` is what the server told about it, ``contexts`` are the names of the metadata contexts that it selected,
-    by their ids. Whether a range lies in it and may be written is the server's
-    to judge. Every method that sends a request raises:
+    ``export`` is what the server told about it, ``mode`` what kind of messages was agreed on, ``contexts`` are the
+    names of the metadata contexts that it selected, by their ids. Whether a range lies in it and may be written is the
+    server's to judge. Every method that sends a request raises:
 
         ServerRefused: the server answered with an error.
         ConnectionFailed: the connection was lost.
@@ -259,10 +266,12 @@ class Client:
         self.size = negotiated.export.size
         self.flags = negotiated.export.flags
         self.read_only = negotiated.export.read_only
-        self.structured = negotiated.structured_replies
+        self.mode = negotiated.mode
         self.contexts = dict(negotiated.contexts)
         largest = min(self.export.maximum_payload, MAX_PIECE)
         self._max_payload = max(largest - largest % self.export.minimum_block, self.export.minimum_block)
+        max_range = MAX_EXTENDED_RANGE if self.mode is Mode.EXTENDED else MAX_RANGE
+        self._max_range = max_range - max_range % self.export.minimum_block
 
     @classmethod
     async def connect(
@@ -271,12 +280,14 @@ class Client:
         export: str = "",
         *,
         contexts: Collection[str] = (),
+        mode: Mode = Mode.EXTENDED,
         timeout: float | None = CONNECT_TIMEOUT_S,
     ) -> Self:
         """Open an export. ``uri`` is what ``Address.parse`` takes; ``export`` goes before the name in it.
 
         ``contexts`` are metadata contexts for ``block_status``; those that the server does not have are missing
-        afterwards in the client's. ``timeout`` is in seconds.
+        afterwards in the client's. ``mode`` is the most to ask for: a server that does not know it agrees on less.
+        ``timeout`` is in seconds.
 
         Raises:
             UsageError: no such kind of URI.
@@ -296,7 +307,7 @@ class Client:
             opened = await _answer(connection, Opened, f"export {name!r}")
             return cls(connection, opened.negotiated)
 
-        return await _connect(uri, address, go, timeout)
+        return await _connect(uri, address, go, timeout, mode)
 
     @staticmethod
     async def list(uri: str, *, timeout: float | None = CONNECT_TIMEOUT_S) -> Names:
@@ -380,25 +391,30 @@ class Client:
         self._require(TransmissionFlag.SEND_CACHE)
         await self._run_range(Command.CACHE, 0, length, offset)
 
-    async def block_status(self, length: int, offset: int) -> dict[str, Descriptors]:
+    async def block_status(
+        self, length: int, offset: int, *, contexts: Collection[str] | None = None
+    ) -> dict[str, Descriptors]:
         """What stands where in a range: in each of the contexts, (length, status) of consecutive extents.
 
         They cover the range, and neighbours differ. The status is a number that its context gives a meaning; in
-        ``base:allocation`` the bits are HOLE (1) and ZERO (2).
+        ``base:allocation`` the bits are HOLE (1) and ZERO (2). ``contexts`` limits the answer to some of those that
+        were selected; a server that knows how is then asked for no more.
         """
-        if not self.contexts:
-            raise LocalProtocolError(f"export {self.export.name!r} was opened without metadata contexts")
-        told: dict[str, Descriptors] = {name: [] for name in self.contexts.values()}
-        limit = MAX_RANGE - MAX_RANGE % self.export.minimum_block
+        wanted = {number: name for number, name in self.contexts.items() if contexts is None or name in contexts}
+        if not wanted or not set(contexts or ()) <= set(wanted.values()):
+            raise LocalProtocolError(f"export {self.export.name!r} was opened without such metadata contexts")
+        offered = self.mode is Mode.EXTENDED and self.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD
+        asked = list(wanted) if contexts is not None and offered else None
+        told: dict[str, Descriptors] = {name: [] for name in wanted.values()}
         end = offset + length
         while offset < end:
-            size = min(end - offset, limit)
-            waiter = await self._connection.submit(Command.BLOCK_STATUS, 0, offset, size)
+            size = min(end - offset, self._max_range)
+            waiter = await self._connection.submit(Command.BLOCK_STATUS, 0, offset, size, contexts=asked)
             extents = _completed(await waiter, Command.BLOCK_STATUS, offset, size).extents
             assert extents is not None
             # As far as all contexts tell: one may have been described further than another, or than was asked.
-            size = min(size, *(sum(count for count, _status in extents[number]) for number in self.contexts))
-            for number, name in self.contexts.items():
+            size = min(size, *(sum(count for count, _status in extents[number]) for number in wanted))
+            for number, name in wanted.items():
                 told[name] += _first(extents[number], size)
             offset += size
         return {name: merged(descriptors) for name, descriptors in told.items()}
@@ -414,8 +430,8 @@ class Client:
         return _result(await waiter, command, offset, length)
 
     async def _run_range(self, command: int, flags: int, length: int, offset: int) -> None:
-        limit = MAX_RANGE - MAX_RANGE % self.export.minimum_block
-        await self._run(command, flags, [(at, size, b"") for at, size in _split(offset, length, limit)])
+        pieces: Pieces = [(at, size, b"") for at, size in _split(offset, length, self._max_range)]
+        await self._run(command, flags, pieces)
 
     async def _run(self, command: int, flags: int, pieces: Pieces) -> Answers:
         """Have the pieces of one request in flight together, and wait for all of them whatever comes of one."""
@@ -441,10 +457,14 @@ class Client:
 
 
 async def _connect(
-    uri: str, address: Address, ask: Callable[[_Connection], Awaitable[_Result]], timeout: float | None
+    uri: str,
+    address: Address,
+    ask: Callable[[_Connection], Awaitable[_Result]],
+    timeout: float | None,
+    mode: Mode = Mode.EXTENDED,
 ) -> _Result:
     """Connect and ``ask``; on any failure, cancellation included, leave nothing open."""
-    connection = _Connection()
+    connection = _Connection(mode)
     try:
         async with asyncio.timeout(timeout):
             await _dial(connection, address)

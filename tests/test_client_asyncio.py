@@ -19,16 +19,15 @@ from nbdclone.client import Address, Client
 from nbdclone.errors import ConnectionFailed, LocalProtocolError, RemoteProtocolError, ServerRefused, UsageError
 from nbdclone.protocol import wire
 from nbdclone.protocol.handshake import Aborted, ListExports, OpenExport, ServerHandshake
+from nbdclone.protocol.requests import Request, request_layout
 from nbdclone.protocol.transmission import (
-    Request,
     error_chunk,
     none_chunk,
-    parse_requests,
     read_chunk_header,
     request_error,
     simple_reply,
 )
-from nbdclone.protocol.wire import ExportInfo, TransmissionFlag, transmission_flags
+from nbdclone.protocol.wire import EXTENDED, STRUCTURED, ExportInfo, Mode, TransmissionFlag, transmission_flags
 
 pytestmark = pytest.mark.timeout(30)
 SIZE = 1 << 20
@@ -41,7 +40,7 @@ class FakeServer:
 
     uri: str = ""
     info: ExportInfo = DISK
-    structured: bool = True
+    mode: Mode = Mode.EXTENDED  # the most that it knows
     hold: asyncio.Event | None = None
     stop_reading: asyncio.Event | None = None
     last_words: bytes | None = None  # sent instead of the first reply, before the connection is dropped
@@ -67,8 +66,8 @@ class FakeServer:
             data = await reader.read(1 << 16)
             if not data:
                 return None
-            if not self.structured:  # an option number that is not known
-                data = data.replace(b"IHAVEOPT\0\0\0\x08", b"IHAVEOPT\0\0\0\x63")
+            for known, unknown in self._unknown_options():
+                data = data.replace(b"IHAVEOPT\0\0\0" + known, b"IHAVEOPT\0\0\0" + unknown)
             server.receive_data(data)
             while (event := server.next_event()) is not None:
                 self._answer(server, event)
@@ -77,9 +76,13 @@ class FakeServer:
 
     def _send(self, server: ServerHandshake, writer: asyncio.StreamWriter) -> None:
         for message in server.data_to_send():
-            if not self.structured:
-                message = message.replace(b"\x65\xa9\0\0\0\x63", b"\x65\xa9\0\0\0\x08")
+            for known, unknown in self._unknown_options():
+                message = message.replace(b"\x65\xa9\0\0\0" + unknown, b"\x65\xa9\0\0\0" + known)
             writer.write(message)
+
+    def _unknown_options(self) -> list[tuple[bytes, bytes]]:
+        """The options that this server pretends not to know, and numbers that nobody knows for them."""
+        return [(b"\x0b", b"\x64"), (b"\x08", b"\x63")][: Mode.EXTENDED - self.mode]
 
     def _answer(self, server: ServerHandshake, event: object) -> None:
         match event:
@@ -95,7 +98,7 @@ class FakeServer:
     async def _transmit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, buffer: bytes) -> None:
         while True:
             requests: list[Request] = []
-            taken = parse_requests(buffer, 0, len(buffer), requests)
+            taken = request_layout(self.mode).parse(buffer, 0, len(buffer), requests)
             for request in requests:
                 flags, command, _cookie, offset, length, payload_start = request
                 self.log.append((command, flags, offset, length))
@@ -117,17 +120,19 @@ class FakeServer:
 
     def _run(self, request: Request, payload: bytes) -> bytes:
         flags, command, cookie, offset, length, _payload_start = request
-        if error := request_error(self.info, self.structured, flags, command, offset, length):
-            return error_chunk(cookie, error, "refused") if self.structured else simple_reply(cookie, error)
+        layout = EXTENDED if self.mode is Mode.EXTENDED else STRUCTURED
+        in_chunks = self.mode is not Mode.SIMPLE
+        if error := request_error(self.info, in_chunks, flags, command, offset, length):
+            return error_chunk(cookie, error, "refused", layout) if in_chunks else simple_reply(cookie, error)
         end = offset + length
         if command == wire.CMD_READ:
-            head = read_chunk_header(cookie, offset, length) if self.structured else simple_reply(cookie, 0)
+            head = read_chunk_header(cookie, offset, length, layout=layout) if in_chunks else simple_reply(cookie, 0)
             return head + self.memory[offset:end]
         if command == wire.CMD_WRITE:
             self.memory[offset:end] = payload
         elif command in (wire.CMD_TRIM, wire.CMD_WRITE_ZEROES):
             self.memory[offset:end] = bytes(length)
-        return none_chunk(cookie) if self.structured else simple_reply(cookie, 0)
+        return none_chunk(cookie, layout) if in_chunks else simple_reply(cookie, 0)
 
 
 @asynccontextmanager
@@ -147,15 +152,15 @@ async def running(server: FakeServer, path: Path) -> AsyncIterator[FakeServer]:
             await asyncio.sleep(0.01)
 
 
-@pytest.fixture(params=[True, False], ids=["structured", "simple"])
+@pytest.fixture(params=Mode, ids=lambda mode: mode.name.lower())
 async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[FakeServer]:
-    async with running(FakeServer(structured=request.param), tmp_path) as running_server:
+    async with running(FakeServer(mode=request.param), tmp_path) as running_server:
         yield running_server
 
 
 async def test_what_is_written_is_read(server: FakeServer) -> None:
     async with await Client.connect(server.uri) as disk:
-        assert (disk.size, disk.read_only, disk.structured) == (SIZE, False, server.structured)
+        assert (disk.size, disk.read_only, disk.mode) == (SIZE, False, server.mode)
         await disk.pwrite(b"hello", 1000)
         assert await disk.pread(5, 1000) == b"hello"
         assert type(await disk.pread(5, 1000)) is bytes
@@ -250,15 +255,14 @@ async def test_large_requests_are_split_at_the_servers_maximum(server: FakeServe
     assert len(lengths) == 2 * -(-len(data) // piece)
 
 
-async def test_ranges_without_payload_are_split_as_well(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_ranges_without_payload_are_split_unless_headers_are_extended(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(client_module, "MAX_RANGE", 1000)
     async with await Client.connect(server.uri) as disk:
         await disk.trim(2500, 7)
-    assert server.log[:-1] == [
-        (wire.CMD_TRIM, 0, 7, 1000),
-        (wire.CMD_TRIM, 0, 1007, 1000),
-        (wire.CMD_TRIM, 0, 2007, 500),
-    ]
+    pieces = [(7, 1000), (1007, 1000), (2007, 500)] if server.mode is not Mode.EXTENDED else [(7, 2500)]
+    assert server.log[:-1] == [(wire.CMD_TRIM, 0, *piece) for piece in pieces]
 
 
 async def test_an_error_in_one_piece_is_raised_after_all_are_answered(server: FakeServer) -> None:

@@ -12,13 +12,14 @@ from typing import Final
 
 from nbdclone.errors import RemoteProtocolError
 from nbdclone.protocol.wire import (
-    BLOCK_STATUS,
-    DESCRIPTOR,
+    EXTENDED,
     MAX_DESCRIPTORS,
     REPLY_FLAG_DONE,
-    REPLY_TYPE_BLOCK_STATUS,
-    STRUCTURED_REPLY,
-    STRUCTURED_REPLY_MAGIC,
+    STATUS_CONTEXT,
+    STATUS_LENGTH,
+    STRUCTURED,
+    ChunkLayout,
+    Cookie,
 )
 
 ALLOCATION: Final = "base:allocation"  # NBD_STATE_*: of the specification
@@ -27,8 +28,6 @@ ORIGIN: Final = "nbdclone:origin"  # 0 nowhere, 1 the base, 2 and up the layers 
 
 CONTEXTS: Final = ((1, ALLOCATION), (2, ALLOCATION_DEPTH), (3, ORIGIN))
 """The contexts of this server, the same for every export: (id, name) of each."""
-
-MAX_STATUS_CHUNK: Final = BLOCK_STATUS.size + MAX_DESCRIPTORS * DESCRIPTOR.size
 
 Descriptors = list[tuple[int, int]]
 """(length in bytes, status) of consecutive extents."""
@@ -45,16 +44,47 @@ def listed_contexts(queries: Collection[str]) -> list[str]:
     return [name for name in names if name in queries or name[: name.index(":") + 1] in queries]
 
 
-def status_chunk(cookie: int, context: int, descriptors: Collection[tuple[int, int]], *, last: bool) -> bytes:
+def max_status_size(layout: ChunkLayout, extents: int = MAX_DESCRIPTORS) -> int:
+    """How many bytes a chunk of block status has after its header, with so many extents."""
+    size: int = layout.status.size + extents * layout.descriptor.size
+    return size
+
+
+def status_chunk(
+    cookie: Cookie,
+    context: int,
+    descriptors: Collection[tuple[int, int]],
+    *,
+    last: bool,
+    layout: ChunkLayout = STRUCTURED,
+) -> bytes:
     """A chunk of the reply to NBD_CMD_BLOCK_STATUS; the reply has one for each context that was selected.
 
     There is at least one descriptor, and none is of length 0.
     """
-    length = BLOCK_STATUS.size + len(descriptors) * DESCRIPTOR.size
+    count = len(descriptors)
     flags = REPLY_FLAG_DONE if last else 0
-    head = STRUCTURED_REPLY.pack(STRUCTURED_REPLY_MAGIC, flags, REPLY_TYPE_BLOCK_STATUS, cookie, length)
-    numbers = Struct(f">{2 * len(descriptors)}I").pack(*chain.from_iterable(descriptors))
-    return head + BLOCK_STATUS.pack(context) + numbers
+    head = layout.header.pack(layout.magic, flags, layout.status_type, cookie, max_status_size(layout, count))
+    start = layout.status.pack(context, count) if layout is EXTENDED else layout.status.pack(context)
+    number = layout.descriptor.format[-1]
+    return head + start + Struct(f">{2 * count}{number}").pack(*chain.from_iterable(descriptors))
+
+
+def status_filter(length: int, contexts: Collection[int]) -> bytes:
+    """The payload of a NBD_CMD_BLOCK_STATUS that asks about ``length`` bytes in some of the contexts."""
+    return STATUS_LENGTH.pack(length) + b"".join(STATUS_CONTEXT.pack(context) for context in contexts)
+
+
+def parse_status_filter(payload: bytes | memoryview, selected: Collection[int]) -> tuple[int, list[int]] | None:
+    """Such a payload: effect length, ids. None if it is none, or names what was not ``selected``, or names it twice."""
+    count, rest = divmod(len(payload) - STATUS_LENGTH.size, STATUS_CONTEXT.size)
+    if rest or not 0 < count <= len(selected):
+        return None
+    (length,) = STATUS_LENGTH.unpack_from(payload)
+    contexts = [context for (context,) in STATUS_CONTEXT.iter_unpack(payload[STATUS_LENGTH.size :])]
+    if len(set(contexts)) < count or not set(contexts) <= set(selected):
+        return None
+    return length, contexts
 
 
 def merged(descriptors: Iterable[tuple[int, int]]) -> Descriptors:
@@ -68,17 +98,19 @@ def merged(descriptors: Iterable[tuple[int, int]]) -> Descriptors:
     return result
 
 
-def parse_status(payload: bytes, length: int, one: bool) -> tuple[int, Descriptors]:
+def parse_status(payload: bytes, length: int, one: bool, layout: ChunkLayout = STRUCTURED) -> tuple[int, Descriptors]:
     """The payload of a chunk in the reply to a request over ``length`` bytes: the context's id, the descriptors.
 
     Raises:
         RemoteProtocolError: it is none, or tells more than the request asked for; ``one`` is NBD_CMD_FLAG_REQ_ONE.
     """
-    size = len(payload) - BLOCK_STATUS.size
-    if size < DESCRIPTOR.size or size % DESCRIPTOR.size:
+    size = len(payload) - layout.status.size
+    if size < layout.descriptor.size or size % layout.descriptor.size:
         raise RemoteProtocolError(f"a chunk of block status of {len(payload)} bytes")
-    (context,) = BLOCK_STATUS.unpack_from(payload)
-    descriptors: Descriptors = list(DESCRIPTOR.iter_unpack(payload[BLOCK_STATUS.size :]))
+    context, *counts = layout.status.unpack_from(payload)
+    descriptors: Descriptors = list(layout.descriptor.iter_unpack(payload[layout.status.size :]))
+    if counts and counts != [len(descriptors)]:
+        raise RemoteProtocolError(f"{counts[0]} extents are announced, and {len(descriptors)} sent")
     if not all(count for count, _status in descriptors):
         raise RemoteProtocolError("an extent of no length")
     if one and (len(descriptors) > 1 or descriptors[0][0] > length):

@@ -28,6 +28,7 @@ from nbdclone.protocol.wire import (
     ExportInfo,
     HandshakeFlag,
     Info,
+    Mode,
     Option,
     OptionReply,
     encode_string,
@@ -103,14 +104,16 @@ class _Asked:
 class ClientHandshake:
     """The client's side of one handshake: one question at a time, each answered by one event.
 
-    Structured replies are asked for before ``Ready``. ``go`` falls back to NBD_OPT_EXPORT_NAME, to which
-    a server that has no such export answers by closing the connection.
+    Extended headers are asked for before ``Ready``, and structured replies where the server does not have them;
+    ``wanted`` is the most to ask for, and ``mode`` what was agreed on. ``go`` falls back to NBD_OPT_EXPORT_NAME, to
+    which a server that has no such export answers by closing the connection.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: Mode = Mode.EXTENDED) -> None:
         self.finished: Negotiated | None = None
         self.closed = False
-        self.structured_replies = False
+        self.mode = Mode.SIMPLE
+        self._wanted = wanted
         self._received = bytearray()
         self._outgoing: list[bytes] = []
         self._server_flags: int | None = None
@@ -167,11 +170,11 @@ class ClientHandshake:
         They count for a ``go`` to the same export. What the server does not know is missing in its answer.
         """
         data = _context_request(name, contexts)
-        if self.structured_replies:
+        if self.mode is not Mode.SIMPLE:
             self._contexts = ()
             self._ask(_Asked(Option.SET_META_CONTEXT, name, wanted=frozenset(contexts)), data)
         else:
-            self._refuse(Option.SET_META_CONTEXT, "the server knows no structured replies")
+            self._refuse(Option.SET_META_CONTEXT, "metadata contexts take structured replies or extended headers")
 
     def go(self, name: str) -> None:
         """Ask to use an export. Answer: ``Opened`` or ``Refused``, or the connection's end."""
@@ -236,11 +239,15 @@ class ClientHandshake:
         del self._received[: GREETING.size]
         self._server_flags = flags & HANDSHAKE_FLAGS
         self._outgoing.append(CLIENT_FLAGS.pack(self._server_flags))
-        if self._fixed_newstyle:
-            self._send_option(_Asked(Option.STRUCTURED_REPLY))
-        else:
-            self._events.append(Ready())
+        self._agree_on_mode(self._wanted if self._fixed_newstyle else Mode.SIMPLE)
         return True
+
+    def _agree_on_mode(self, mode: Mode) -> None:
+        """Ask for ``mode``; a refusal leads to the next lower one."""
+        if mode is Mode.SIMPLE:
+            self._events.append(Ready())
+        else:
+            self._send_option(_Asked(_MODE_OPTIONS[mode]))
 
     def _take_export_name_reply(self, asked: _Asked) -> bool:
         no_zeroes = (self._server_flags or 0) & HandshakeFlag.NO_ZEROES
@@ -278,15 +285,19 @@ class ClientHandshake:
 
     def _on_error(self, asked: _Asked, reply: int, payload: bytes) -> None:
         self._asked = None
-        if asked.option == Option.STRUCTURED_REPLY:
-            self._events.append(Ready())
+        if asked.option == Option.EXTENDED_HEADERS:
+            self._agree_on_mode(Mode.STRUCTURED)
+        elif asked.option == Option.STRUCTURED_REPLY:
+            self._agree_on_mode(Mode.SIMPLE)
         elif asked.option == Option.GO and reply == OptionReply.ERR_UNSUP:
+            if self.mode is Mode.EXTENDED:
+                raise RemoteProtocolError("the server knows extended headers, but not NBD_OPT_GO")
             self._send_option(_Asked(Option.EXPORT_NAME, asked.name), asked.name.encode())
         else:
             self._events.append(Refused(asked.option, reply, _text(payload)))
 
-    def _on_structured_reply(self, _asked: _Asked, payload: bytes) -> None:
-        self.structured_replies = True
+    def _on_mode(self, asked: _Asked, payload: bytes) -> None:
+        self.mode = Mode.EXTENDED if asked.option == Option.EXTENDED_HEADERS else Mode.STRUCTURED
         self._answer(Ready(), payload)
 
     def _on_aborted(self, _asked: _Asked, payload: bytes) -> None:
@@ -354,12 +365,13 @@ class ClientHandshake:
     def _finish(self, asked: _Asked) -> None:
         self._asked = None
         contexts = self._contexts if asked.name == self._contexts_export else ()
-        self.finished = Negotiated(asked.info(), self.structured_replies, contexts)
+        self.finished = Negotiated(asked.info(), self.mode, contexts)
         self._events.append(Opened(self.finished))
 
 
 _CLIENT_REPLIES: Final[dict[tuple[int, int], Callable[[ClientHandshake, _Asked, bytes], None]]] = {
-    (Option.STRUCTURED_REPLY, OptionReply.ACK): ClientHandshake._on_structured_reply,
+    (Option.EXTENDED_HEADERS, OptionReply.ACK): ClientHandshake._on_mode,
+    (Option.STRUCTURED_REPLY, OptionReply.ACK): ClientHandshake._on_mode,
     (Option.ABORT, OptionReply.ACK): ClientHandshake._on_aborted,
     (Option.LIST, OptionReply.SERVER): ClientHandshake._on_server,
     (Option.LIST, OptionReply.ACK): ClientHandshake._on_listed,
@@ -371,6 +383,7 @@ _CLIENT_REPLIES: Final[dict[tuple[int, int], Callable[[ClientHandshake, _Asked, 
     (Option.GO, OptionReply.ACK): ClientHandshake._on_gone,
 }
 
+_MODE_OPTIONS: Final = {Mode.STRUCTURED: Option.STRUCTURED_REPLY, Mode.EXTENDED: Option.EXTENDED_HEADERS}
 _WANTED_INFOS: Final = (Info.NAME, Info.DESCRIPTION, Info.BLOCK_SIZE)
 
 

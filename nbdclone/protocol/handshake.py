@@ -29,6 +29,7 @@ from nbdclone.protocol.wire import (
     ExportInfo,
     HandshakeFlag,
     Info,
+    Mode,
     Option,
     OptionReply,
     encode_string,
@@ -72,11 +73,12 @@ Event = ListExports | OpenExport | Aborted
 class Negotiated:
     """What was agreed: ``export.flags`` are the transmission flags as the client was told them.
 
-    ``contexts`` are the metadata contexts that were selected for this export: (id, name) of each.
+    ``mode`` says what the messages of the transmission look like; ``contexts`` are the metadata contexts that were
+    selected for this export: (id, name) of each.
     """
 
     export: ExportInfo
-    structured_replies: bool
+    mode: Mode
     contexts: tuple[tuple[int, str], ...] = ()
 
 
@@ -100,7 +102,7 @@ class ServerHandshake:
     def __init__(self) -> None:
         self.finished: Negotiated | None = None
         self.closed = False
-        self.structured_replies = False
+        self.mode = Mode.SIMPLE
         self._received = bytearray()
         self._outgoing = [GREETING.pack(wire.INIT_PASSWD, wire.IHAVEOPT, HANDSHAKE_FLAGS)]
         self._client_flags: int | None = None
@@ -196,6 +198,8 @@ class ServerHandshake:
     def _handle(self, option: int, data: bytes) -> Event | None:
         assert self._client_flags is not None
         if option == Option.EXPORT_NAME:
+            if self.mode is Mode.EXTENDED:
+                raise RemoteProtocolError("NBD_OPT_EXPORT_NAME after extended headers were agreed on")
             return self._on_export_name(data)
         if not self._client_flags & HandshakeFlag.FIXED_NEWSTYLE:
             raise RemoteProtocolError(f"option {option} from a client that does not speak fixed newstyle")
@@ -228,7 +232,14 @@ class ServerHandshake:
 
     def _on_structured_reply(self, option: int, data: bytes) -> None:
         _refuse_data(data)
-        self.structured_replies = True
+        if self.mode is Mode.EXTENDED:
+            raise OptionError(OptionReply.ERR_EXT_HEADER_REQD, "extended headers were agreed on before")
+        self.mode = Mode.STRUCTURED
+        self._send_reply(option, OptionReply.ACK)
+
+    def _on_extended_headers(self, option: int, data: bytes) -> None:
+        _refuse_data(data)
+        self.mode = Mode.EXTENDED
         self._send_reply(option, OptionReply.ACK)
 
     def _on_info_or_go(self, option: int, data: bytes) -> Event:
@@ -254,8 +265,10 @@ class ServerHandshake:
         self._send_reply(option, OptionReply.ACK)
 
     def _context_request(self, data: bytes) -> tuple[str, list[str]]:
-        if not self.structured_replies:
-            raise OptionError(OptionReply.ERR_INVALID, "structured replies are to be agreed on before")
+        if self.mode is Mode.SIMPLE:
+            raise OptionError(
+                OptionReply.ERR_INVALID, "structured replies or extended headers are to be agreed on before"
+            )
         return _parse_context_request(data)
 
     # What the server answers
@@ -281,15 +294,18 @@ class ServerHandshake:
     def accept_export(self, info: ExportInfo) -> None:
         """Answer ``OpenExport``: the export is there. This finishes the handshake, unless INFO asked.
 
-        ``info`` comes without SEND_DF, which follows from structured replies.
+        ``info`` comes without SEND_DF and BLOCK_STATUS_PAYLOAD, which follow from what was agreed before.
 
         Raises:
             LocalProtocolError: no export was asked for, or ``info`` cannot be sent; then nothing is sent.
         """
         asked = self._asked_export()
         _check_fields(info)
-        if self.structured_replies:
+        contexts = self._contexts if asked.name == self._contexts_export else ()
+        if self.mode is not Mode.SIMPLE:
             info = replace(info, flags=info.flags | wire.FLAG_SEND_DF)
+        if self.mode is Mode.EXTENDED and contexts:
+            info = replace(info, flags=info.flags | wire.FLAG_BLOCK_STATUS_PAYLOAD)
         if asked.purpose is Purpose.EXPORT_NAME:
             self._outgoing.append(self._export_name_reply(info))
         else:
@@ -299,8 +315,7 @@ class ServerHandshake:
             self._send_reply(option, OptionReply.ACK)
         self._unanswered = None
         if asked.purpose is not Purpose.INFO:
-            contexts = self._contexts if asked.name == self._contexts_export else ()
-            self.finished = Negotiated(info, self.structured_replies, contexts)
+            self.finished = Negotiated(info, self.mode, contexts)
 
     def refuse_export(self, message: str, reply: int = wire.NBD_REP_ERR_UNKNOWN) -> None:
         """Answer ``OpenExport``: no, because of ``message``. ``reply`` is an NBD_REP_ERR_*.
@@ -358,6 +373,7 @@ _SERVER_OPTIONS: Final[dict[int, Callable[[ServerHandshake, int, bytes], Event |
     Option.INFO: ServerHandshake._on_info_or_go,
     Option.GO: ServerHandshake._on_info_or_go,
     Option.STRUCTURED_REPLY: ServerHandshake._on_structured_reply,
+    Option.EXTENDED_HEADERS: ServerHandshake._on_extended_headers,
     Option.LIST_META_CONTEXT: ServerHandshake._on_list_contexts,
     Option.SET_META_CONTEXT: ServerHandshake._on_set_contexts,
 }

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from nbdclone.errors import RemoteProtocolError
 from nbdclone.protocol import wire
 from nbdclone.protocol.block_status import Descriptors, parse_status
-from nbdclone.protocol.wire import CMD_BLOCK_STATUS, CMD_FLAG_DF, CMD_FLAG_REQ_ONE, CMD_READ
+from nbdclone.protocol.wire import CMD_BLOCK_STATUS, CMD_FLAG_DF, CMD_FLAG_REQ_ONE, CMD_READ, ChunkLayout
 
 
 class Completed(NamedTuple):
@@ -28,11 +28,15 @@ class Completed(NamedTuple):
 
 
 class Pending:
-    """A request in flight, and what the chunks of its reply have told so far."""
+    """A request in flight, and what the chunks of its reply have told so far.
+
+    ``length`` is its effect length; ``contexts`` are the ids of those in which block status is to be told.
+    """
 
     __slots__ = (
         "command",
         "content_chunks",
+        "contexts",
         "data",
         "error",
         "extents",
@@ -43,8 +47,9 @@ class Pending:
         "seen",
     )
 
-    def __init__(self, command: int, flags: int, offset: int, length: int) -> None:
+    def __init__(self, command: int, flags: int, offset: int, length: int, contexts: Collection[int] = ()) -> None:
         self.command = command
+        self.contexts = contexts
         self.flags = flags
         self.offset = offset
         self.length = length
@@ -99,16 +104,16 @@ class Pending:
             self.data = bytearray(self.length)
         self.data[start : start + len(data)] = data
 
-    def describe(self, payload: bytes, contexts: Collection[int]) -> None:
-        """Note a chunk of block status in one of the ``contexts`` that were selected."""
+    def describe(self, payload: bytes, layout: ChunkLayout) -> None:
+        """Note a chunk of block status in one of the contexts."""
         if self.command != CMD_BLOCK_STATUS:
             raise RemoteProtocolError(f"block status in the reply to command {self.command}")
-        context, descriptors = parse_status(payload, self.length, bool(self.flags & CMD_FLAG_REQ_ONE))
-        if context not in contexts or context in self.extents:
-            raise RemoteProtocolError(f"block status in context {context}, which was not selected or was sent before")
+        context, descriptors = parse_status(payload, self.length, bool(self.flags & CMD_FLAG_REQ_ONE), layout)
+        if context not in self.contexts or context in self.extents:
+            raise RemoteProtocolError(f"block status in context {context}, which was not asked for or was sent before")
         self.extents[context] = descriptors
 
-    def complete(self, cookie: int, contexts: Collection[int]) -> Completed:
+    def complete(self, cookie: int) -> Completed:
         """The answer, when its last message has come.
 
         Raises:
@@ -117,8 +122,8 @@ class Pending:
         if self.error:
             return Completed(cookie, self.error, self.message, None)
         if self.command == CMD_BLOCK_STATUS:
-            if not contexts or len(self.extents) < len(contexts):
-                raise RemoteProtocolError(f"block status in {len(self.extents)} of {len(contexts)} contexts")
+            if not self.contexts or len(self.extents) < len(self.contexts):
+                raise RemoteProtocolError(f"block status in {len(self.extents)} of {len(self.contexts)} contexts")
             return Completed(cookie, 0, "", None, self.extents)
         if self.command != CMD_READ:
             return Completed(cookie, 0, "", None)

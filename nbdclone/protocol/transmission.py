@@ -1,12 +1,12 @@
-"""Transmission: requests and their replies, on the server's side and on the client's.
+"""Transmission: how a server judges requests and builds replies, and all of the client's side.
 
-The server's half is functions, since it has no state between messages: ``parse_requests`` takes all
-that is in a buffer in one pass, ``request_error`` judges each request, the builders make replies. A
-server that packs replies into a buffer of its own uses the same structs::
+The server's half is functions, since it has no state between messages: ``requests`` takes all that is in a buffer in
+one pass, ``request_error`` judges each request, the builders make replies. A server that packs replies into a buffer of
+its own uses the same structs::
 
     simple reply            SIMPLE_REPLY.pack_into(buffer, at, SIMPLE_REPLY_MAGIC, error, cookie)
                             then, for a successful read, its data
-    read, structured        READ_CHUNK.pack_into(buffer, at, STRUCTURED_REPLY_MAGIC, REPLY_FLAG_DONE,
+    read, in chunks         layout.read.pack_into(buffer, at, layout.magic, REPLY_FLAG_DONE,
                                 REPLY_TYPE_OFFSET_DATA, cookie, OFFSET_DATA.size + length, offset)
                             then its data
 
@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from struct import error as struct_error
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from nbdclone.errors import LocalProtocolError, RemoteProtocolError
 from nbdclone.protocol import wire
-from nbdclone.protocol.block_status import MAX_STATUS_CHUNK
+from nbdclone.protocol.block_status import max_status_size, status_filter
 from nbdclone.protocol.pending import Completed, Pending
 from nbdclone.protocol.wire import (
     CMD_BLOCK_STATUS,
@@ -31,6 +31,7 @@ from nbdclone.protocol.wire import (
     CMD_FLAG_FAST_ZERO,
     CMD_FLAG_FUA,
     CMD_FLAG_NO_HOLE,
+    CMD_FLAG_PAYLOAD_LEN,
     CMD_FLAG_REQ_ONE,
     CMD_FLUSH,
     CMD_READ,
@@ -43,6 +44,11 @@ from nbdclone.protocol.wire import (
     EPERM,
     ERROR,
     ERROR_OFFSET,
+    EXTENDED,
+    EXTENDED_COOKIE,
+    EXTENDED_REQUEST,
+    EXTENDED_REQUEST_MAGIC,
+    FLAG_BLOCK_STATUS_PAYLOAD,
     FLAG_READ_ONLY,
     FLAG_SEND_CACHE,
     FLAG_SEND_FAST_ZERO,
@@ -53,9 +59,7 @@ from nbdclone.protocol.wire import (
     MAX_PAYLOAD,
     OFFSET_DATA,
     OFFSET_HOLE,
-    READ_CHUNK,
     REPLY_FLAG_DONE,
-    REPLY_TYPE_BLOCK_STATUS,
     REPLY_TYPE_ERROR,
     REPLY_TYPE_ERROR_OFFSET,
     REPLY_TYPE_IS_ERROR,
@@ -66,65 +70,15 @@ from nbdclone.protocol.wire import (
     REQUEST_MAGIC,
     SIMPLE_REPLY,
     SIMPLE_REPLY_MAGIC,
-    STRUCTURED_REPLY,
-    STRUCTURED_REPLY_MAGIC,
+    STRUCTURED,
+    ChunkLayout,
+    Cookie,
     ExportInfo,
+    Mode,
     encode_text,
 )
 
-if TYPE_CHECKING:
-    from mmap import mmap
-
-REQUEST_SIZE: Final = REQUEST.size
-
 Buffer = bytes | bytearray | memoryview
-
-Request = tuple[int, int, int, int, int, int]
-"""flags, type, cookie, offset, length, and where in the buffer the payload of a write starts."""
-
-
-def parse_requests(buffer: bytes | bytearray | memoryview | mmap, start: int, end: int, requests: list[Request]) -> int:
-    """Take every complete request in ``buffer[start:end]`` and append it to ``requests``.
-
-    A write is complete when its payload is all there. Returns the position of the first byte that was
-    not taken: what stands there is the beginning of a request, see ``request_size``. A client sends
-    nothing after NBD_CMD_DISC; what follows one is parsed like anything else, and is the caller's to ignore.
-
-    Raises:
-        RemoteProtocolError: a request without its magic number, or a write above ``MAX_PAYLOAD``. The
-            requests before it have been appended; the connection cannot be used any further.
-    """
-    unpack = REQUEST.unpack_from
-    append = requests.append
-    last = end - REQUEST_SIZE
-    while start <= last:
-        magic, flags, command, cookie, offset, length = unpack(buffer, start)
-        if magic != REQUEST_MAGIC:
-            raise RemoteProtocolError(f"a request starts with 0x{magic:08x}, not with its magic number")
-        payload_start = start + REQUEST_SIZE
-        if command == CMD_WRITE:
-            if length > MAX_PAYLOAD:
-                raise RemoteProtocolError(f"a write of {length} bytes: the limit is {MAX_PAYLOAD}")
-            following = payload_start + length
-            if following > end:
-                break
-            start = following
-        else:
-            start = payload_start
-        append((flags, command, cookie, offset, length, payload_start))
-    return start
-
-
-def request_size(buffer: bytes | bytearray | memoryview | mmap, start: int, end: int) -> int:
-    """How many bytes the request at ``start`` takes with its payload, as far as ``buffer[start:end]`` shows.
-
-    For a caller that makes room for the rest of what ``parse_requests`` left: at most ``MAX_PAYLOAD`` and
-    a header.
-    """
-    if end - start < REQUEST_SIZE:
-        return REQUEST_SIZE
-    _magic, _flags, command, _cookie, _offset, length = REQUEST.unpack_from(buffer, start)
-    return REQUEST_SIZE + length if command == CMD_WRITE and length <= MAX_PAYLOAD else REQUEST_SIZE
 
 
 class _Rule(NamedTuple):
@@ -148,7 +102,7 @@ _RULES: Final[dict[int, _Rule]] = {
         CMD_FLAG_FUA | CMD_FLAG_NO_HOLE | CMD_FLAG_FAST_ZERO,
         ENOSPC,
     ),
-    CMD_BLOCK_STATUS: _Rule(False, 0, CMD_FLAG_FUA | CMD_FLAG_REQ_ONE, EINVAL),
+    CMD_BLOCK_STATUS: _Rule(False, 0, CMD_FLAG_FUA | CMD_FLAG_REQ_ONE | CMD_FLAG_PAYLOAD_LEN, EINVAL),
 }
 
 
@@ -160,7 +114,8 @@ def request_error(info: ExportInfo, structured: bool, flags: int, command: int, 
     whatever its flags; then flags and commands that were not offered, then the range. A length of 0 is
     EINVAL (the specification leaves it open), so no reply has an empty chunk of data. NBD_CMD_DISC has no
     reply, and is never refused. NBD_CMD_BLOCK_STATUS without a metadata context is
-    EINVAL too, and the caller's to refuse: it takes structured replies, but these do not tell.
+    EINVAL too, and the caller's to refuse: it takes structured replies, but these do not tell. One with a payload is
+    judged but for its range, which stands in there. ``structured`` is true with extended headers too.
     """
     if not flags and 0 < length <= MAX_PAYLOAD and offset + length <= info.size:
         if command == CMD_READ:
@@ -178,6 +133,8 @@ def request_error(info: ExportInfo, structured: bool, flags: int, command: int, 
         return EINVAL
     if rule.exposed_by & ~info.flags:
         return EINVAL
+    if flags & CMD_FLAG_PAYLOAD_LEN:
+        return 0
     return _range_error(rule, info.size, structured, command, offset, length)
 
 
@@ -188,6 +145,8 @@ def _offered_flags(transmission_flags: int, structured: bool) -> int:
         offered |= CMD_FLAG_FUA
     if transmission_flags & FLAG_SEND_FAST_ZERO:
         offered |= CMD_FLAG_FAST_ZERO
+    if transmission_flags & FLAG_BLOCK_STATUS_PAYLOAD:
+        offered |= CMD_FLAG_PAYLOAD_LEN
     if structured:
         offered |= CMD_FLAG_DF | CMD_FLAG_REQ_ONE
     return offered
@@ -205,46 +164,50 @@ def _range_error(rule: _Rule, size: int, structured: bool, command: int, offset:
     return 0
 
 
-def simple_reply(cookie: int, error: int) -> bytes:
+def simple_reply(cookie: Cookie, error: int) -> bytes:
     """A simple reply; after one with error 0 to a read, the data follow."""
     return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie)
 
 
-def read_chunk_header(cookie: int, offset: int, length: int) -> bytes:
-    """The whole of a structured reply to a read but for its ``length`` bytes of data, which follow."""
-    return READ_CHUNK.pack(
-        STRUCTURED_REPLY_MAGIC,
-        REPLY_FLAG_DONE,
-        REPLY_TYPE_OFFSET_DATA,
-        cookie,
-        OFFSET_DATA.size + length,
-        offset,
-    )
+def read_chunk_header(
+    cookie: Cookie, offset: int, length: int, *, last: bool = True, layout: ChunkLayout = STRUCTURED
+) -> bytes:
+    """A chunk of the reply to a read but for its ``length`` bytes of data, which follow."""
+    flags = REPLY_FLAG_DONE if last else 0
+    return layout.read.pack(layout.magic, flags, REPLY_TYPE_OFFSET_DATA, cookie, OFFSET_DATA.size + length, offset)
 
 
-def none_chunk(cookie: int) -> bytes:
-    """The whole of a structured reply that says no more than success."""
-    return STRUCTURED_REPLY.pack(STRUCTURED_REPLY_MAGIC, REPLY_FLAG_DONE, REPLY_TYPE_NONE, cookie, 0)
+def hole_chunk(
+    cookie: Cookie, offset: int, length: int, *, last: bool = True, layout: ChunkLayout = STRUCTURED
+) -> bytes:
+    """A chunk of the reply to a read: ``length`` bytes of zeros."""
+    flags = REPLY_FLAG_DONE if last else 0
+    return layout.hole.pack(layout.magic, flags, REPLY_TYPE_OFFSET_HOLE, cookie, OFFSET_HOLE.size, offset, length)
 
 
-def error_chunk(cookie: int, error: int, message: str) -> bytes:
-    """The whole of a structured reply that says ``error``, with a text that is cut where it is too long."""
+def none_chunk(cookie: Cookie, layout: ChunkLayout = STRUCTURED) -> bytes:
+    """The whole of a reply in chunks that says no more than success."""
+    return layout.header.pack(layout.magic, REPLY_FLAG_DONE, REPLY_TYPE_NONE, cookie, 0)
+
+
+def error_chunk(cookie: Cookie, error: int, message: str, layout: ChunkLayout = STRUCTURED) -> bytes:
+    """The whole of a reply in chunks that says ``error``, with a text that is cut where it is too long."""
     text = encode_text(message, wire.MAX_ERROR_MESSAGE)
-    head = STRUCTURED_REPLY.pack(
-        STRUCTURED_REPLY_MAGIC, REPLY_FLAG_DONE, REPLY_TYPE_ERROR, cookie, ERROR.size + len(text)
-    )
+    size = ERROR.size + len(text)
+    head = layout.header.pack(layout.magic, REPLY_FLAG_DONE, REPLY_TYPE_ERROR, cookie, size)
     return head + ERROR.pack(error, len(text)) + text
 
 
 class ClientTransmission:
     """The client's side of the transmission: any number of requests in flight, answered in any order.
 
-    ``structured`` and ``contexts``, the ids of metadata contexts, are what the handshake agreed on. The memory it
+    ``mode`` and ``contexts``, the ids of metadata contexts, are what the handshake agreed on. The memory it
     holds is that of the reads in flight.
     """
 
-    def __init__(self, structured: bool, contexts: Collection[int] = ()) -> None:
-        self._structured = structured
+    def __init__(self, mode: Mode, contexts: Collection[int] = ()) -> None:
+        self._mode = mode
+        self._layout = EXTENDED if mode is Mode.EXTENDED else STRUCTURED
         self._contexts = frozenset(contexts)
         self._pending: dict[int, Pending] = {}
         self._last_cookie = 0
@@ -261,29 +224,48 @@ class ClientTransmission:
         return len(self._pending)
 
     def send_request(
-        self, command: int, flags: int, offset: int, length: int, payload: Buffer = b""
+        self,
+        command: int,
+        flags: int,
+        offset: int,
+        length: int,
+        payload: Buffer = b"",
+        contexts: Collection[int] | None = None,
     ) -> tuple[int, list[Buffer]]:
         """A new request: its cookie, and the buffers to send, in this order.
 
         Whether the export offers the command and has the range is the server's to judge. NBD_CMD_DISC gets
-        no reply.
+        no reply. ``contexts`` limits NBD_CMD_BLOCK_STATUS to these, with a payload that takes extended headers.
 
         Raises:
             LocalProtocolError: a number that does not fit its field, a payload of another length.
         """
         if len(payload) != (length if command == CMD_WRITE else 0):
             raise LocalProtocolError(f"command {command} over {length} bytes with a payload of {len(payload)}")
+        if contexts is not None and (command != CMD_BLOCK_STATUS or self._mode is not Mode.EXTENDED):
+            raise LocalProtocolError("contexts are for block status, and take extended headers")
         cookie = self._last_cookie + 1
         try:
-            header = REQUEST.pack(REQUEST_MAGIC, flags, command, cookie, offset, length)
+            if contexts is not None:
+                payload = status_filter(length, contexts)
+            header = self._header(command, flags, cookie, offset, len(payload) or length, bool(payload))
         except struct_error:
             raise LocalProtocolError(
                 f"command {command}, flags {flags}, offset {offset}, length {length}: a number out of range"
             ) from None
         self._last_cookie = cookie
         if command != CMD_DISC:
-            self._pending[cookie] = Pending(command, flags, offset, length)
-        return cookie, [header, payload] if length and command == CMD_WRITE else [header]
+            asked = self._contexts if contexts is None else frozenset(contexts)
+            self._pending[cookie] = Pending(command, flags, offset, length, asked)
+        return cookie, [header, payload] if payload else [header]
+
+    def _header(self, command: int, flags: int, cookie: int, offset: int, length: int, has_payload: bool) -> bytes:
+        if self._mode is not Mode.EXTENDED:
+            return REQUEST.pack(REQUEST_MAGIC, flags, command, cookie, offset, length)
+        if has_payload:
+            flags |= CMD_FLAG_PAYLOAD_LEN
+        packed = EXTENDED_COOKIE.pack(cookie, offset)
+        return EXTENDED_REQUEST.pack(EXTENDED_REQUEST_MAGIC, flags, command, packed, length)
 
     def receive_data(self, data: Buffer, completed: list[Completed]) -> None:
         """Take what the server sent, and append every reply that it completes to ``completed``.
@@ -324,22 +306,22 @@ class ClientTransmission:
         if end - position < SIMPLE_REPLY.size:
             return SIMPLE_REPLY.size
         magic, _error, _cookie = SIMPLE_REPLY.unpack_from(buffer, position)
-        if magic == SIMPLE_REPLY_MAGIC:
+        if magic == SIMPLE_REPLY_MAGIC and self._mode is not Mode.EXTENDED:
             return SIMPLE_REPLY.size
-        if magic != STRUCTURED_REPLY_MAGIC or not self._structured:
+        layout = self._layout
+        if magic != layout.magic or self._mode is Mode.SIMPLE:
             raise RemoteProtocolError(f"a reply starts with 0x{magic:08x}, not with its magic number")
-        if end - position < STRUCTURED_REPLY.size:
-            return STRUCTURED_REPLY.size
-        _magic, _flags, kind, _cookie, length = STRUCTURED_REPLY.unpack_from(buffer, position)
+        if end - position < layout.header.size:
+            return layout.header.size
+        _magic, _flags, kind, _cookie, length = layout.header.unpack_from(buffer, position)
         if kind == REPLY_TYPE_OFFSET_DATA:
             if length <= OFFSET_DATA.size:
                 raise RemoteProtocolError(f"a chunk of data of {length} bytes, its offset included")
-            return READ_CHUNK.size
-        limit = MAX_STATUS_CHUNK if kind == REPLY_TYPE_BLOCK_STATUS and self._contexts else wire.MAX_ERROR_CHUNK
+            return layout.read.size
+        limit = max_status_size(layout) if kind == layout.status_type and self._contexts else wire.MAX_ERROR_CHUNK
         if length > limit:
             raise RemoteProtocolError(f"a chunk of type {kind} of {length} bytes: the limit is {limit}")
-        size: int = STRUCTURED_REPLY.size + length
-        return size
+        return layout.header.size + int(length)
 
     def _take_head(self, buffer: Buffer, position: int, completed: list[Completed]) -> None:
         """Handle the message at ``position``, which is all there but for the data of a read."""
@@ -351,7 +333,7 @@ class ClientTransmission:
 
     def _take_simple_reply(self, cookie: int, error: int, completed: list[Completed]) -> None:
         pending = self._find(cookie)
-        if pending.command == CMD_READ and self._structured:
+        if pending.command == CMD_READ and self._mode is not Mode.SIMPLE:
             raise RemoteProtocolError("a read is answered by a simple reply although structured were agreed on")
         if error or pending.command != CMD_READ or not pending.length:
             pending.error = error
@@ -360,10 +342,16 @@ class ClientTransmission:
             self._expect_data(cookie, pending, pending.offset, pending.length, True)
 
     def _take_chunk(self, buffer: Buffer, position: int, completed: list[Completed]) -> None:
-        _magic, flags, kind, cookie, length = STRUCTURED_REPLY.unpack_from(buffer, position)
+        layout = self._layout
+        _magic, flags, kind, cookie, length = layout.header.unpack_from(buffer, position)
+        request_offset = None
+        if self._mode is Mode.EXTENDED:
+            cookie, request_offset = EXTENDED_COOKIE.unpack(cookie)
         pending = self._find(cookie)
+        if request_offset not in (None, pending.offset):
+            raise RemoteProtocolError(f"a reply to a request at {pending.offset} says {request_offset}")
         done = bool(flags & REPLY_FLAG_DONE)
-        start = position + STRUCTURED_REPLY.size
+        start = position + layout.header.size
         if kind == REPLY_TYPE_OFFSET_DATA:
             (offset,) = OFFSET_DATA.unpack_from(buffer, start)
             self._expect_data(cookie, pending, offset, length - OFFSET_DATA.size, done)
@@ -373,8 +361,8 @@ class ClientTransmission:
             pending.fail(*_parse_error(kind, payload, pending))
         elif kind == REPLY_TYPE_OFFSET_HOLE:
             pending.cover(*_parse_hole(payload))
-        elif kind == REPLY_TYPE_BLOCK_STATUS:
-            pending.describe(payload, self._contexts)
+        elif kind == layout.status_type:
+            pending.describe(payload, layout)
         elif kind != REPLY_TYPE_NONE or length or not done:
             raise RemoteProtocolError(f"a chunk of type {kind}, length {length}, flags {flags}")
         if done:
@@ -387,7 +375,7 @@ class ClientTransmission:
         return pending
 
     def _complete(self, cookie: int, completed: list[Completed]) -> None:
-        completed.append(self._pending.pop(cookie).complete(cookie, self._contexts))
+        completed.append(self._pending.pop(cookie).complete(cookie))
 
     def _expect_data(self, cookie: int, pending: Pending, offset: int, size: int, done: bool) -> None:
         """``size`` bytes of the export from ``offset`` on follow."""

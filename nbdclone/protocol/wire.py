@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from struct import Struct
-from typing import Final
+from typing import Final, NamedTuple
 
 from nbdclone.errors import LocalProtocolError
 
@@ -24,6 +24,8 @@ REPLY_MAGIC: Final = 0x3E889045565A9  # "magic number for replies" (to options)
 REQUEST_MAGIC: Final = 0x25609513  # NBD_REQUEST_MAGIC
 SIMPLE_REPLY_MAGIC: Final = 0x67446698  # NBD_SIMPLE_REPLY_MAGIC
 STRUCTURED_REPLY_MAGIC: Final = 0x668E33EF  # NBD_STRUCTURED_REPLY_MAGIC
+EXTENDED_REQUEST_MAGIC: Final = 0x21E41C71  # NBD_EXTENDED_REQUEST_MAGIC
+EXTENDED_REPLY_MAGIC: Final = 0x6E8A278C  # NBD_EXTENDED_REPLY_MAGIC
 
 # Layouts of the handshake
 
@@ -54,6 +56,20 @@ DESCRIPTOR = Struct(">II")  # NBD_REPLY_TYPE_BLOCK_STATUS: length of an extent, 
 ERROR = Struct(">IH")  # NBD_REPLY_TYPE_ERROR: error, message length; the message follows
 ERROR_OFFSET = Struct(">Q")  # NBD_REPLY_TYPE_ERROR_OFFSET: the offset, after the message
 READ_CHUNK = Struct(">IHHQIQ")  # STRUCTURED_REPLY and OFFSET_DATA in one: what precedes the data of a read
+HOLE_CHUNK = Struct(">IHHQIQI")  # STRUCTURED_REPLY and OFFSET_HOLE in one
+
+# Layouts of the transmission with extended headers. Cookie and offset of a request come back in each of its replies, so
+# a server takes the two as one opaque value, in the place of the cookie that it is with compact headers.
+
+EXTENDED_REQUEST = Struct(">IHH16sQ")  # "Request message": magic, flags, type, cookie and offset, length
+EXTENDED_REPLY = Struct(">IHH16sQ")  # "Extended reply chunk message": magic, flags, type, cookie and offset, length
+EXTENDED_COOKIE = Struct(">QQ")  # cookie, offset
+BLOCK_STATUS_EXT = Struct(">II")  # NBD_REPLY_TYPE_BLOCK_STATUS_EXT: the context's id, number of descriptors that follow
+DESCRIPTOR_EXT = Struct(">QQ")  # NBD_REPLY_TYPE_BLOCK_STATUS_EXT: length of an extent, its status
+STATUS_LENGTH = Struct(">Q")  # NBD_CMD_BLOCK_STATUS with a payload: effect length; the contexts' ids follow
+STATUS_CONTEXT = Struct(">I")  # NBD_CMD_BLOCK_STATUS with a payload: a context's id
+EXTENDED_READ_CHUNK = Struct(">IHH16sQQ")  # EXTENDED_REPLY and OFFSET_DATA in one
+EXTENDED_HOLE_CHUNK = Struct(">IHH16sQQI")  # EXTENDED_REPLY and OFFSET_HOLE in one
 
 # Limits: no number that a peer sends is believed before it has been held against one of these
 
@@ -98,6 +114,7 @@ class TransmissionFlag(IntFlag):
     CAN_MULTI_CONN = 1 << 8
     SEND_CACHE = 1 << 10
     SEND_FAST_ZERO = 1 << 11
+    BLOCK_STATUS_PAYLOAD = 1 << 12
 
 
 class Option(IntEnum):
@@ -111,6 +128,7 @@ class Option(IntEnum):
     STRUCTURED_REPLY = 8
     LIST_META_CONTEXT = 9
     SET_META_CONTEXT = 10
+    EXTENDED_HEADERS = 11
 
 
 class OptionReply(IntEnum):
@@ -129,6 +147,7 @@ class OptionReply(IntEnum):
     ERR_SHUTDOWN = (1 << 31) + 7
     ERR_BLOCK_SIZE_REQD = (1 << 31) + 8
     ERR_TOO_BIG = (1 << 31) + 9
+    ERR_EXT_HEADER_REQD = (1 << 31) + 10
 
 
 OPTION_REPLY_ERROR: Final = 1 << 31  # the bit that marks an error, of a known type or not
@@ -164,6 +183,7 @@ class CommandFlag(IntFlag):
     DF = 1 << 2
     REQ_ONE = 1 << 3
     FAST_ZERO = 1 << 4
+    PAYLOAD_LEN = 1 << 5
 
 
 class ReplyFlag(IntFlag):
@@ -179,6 +199,7 @@ class ReplyType(IntEnum):
     OFFSET_DATA = 1
     OFFSET_HOLE = 2
     BLOCK_STATUS = 5
+    BLOCK_STATUS_EXT = 6
     ERROR = (1 << 15) + 1
     ERROR_OFFSET = (1 << 15) + 2
 
@@ -219,12 +240,14 @@ CMD_FLAG_NO_HOLE: Final = int(CommandFlag.NO_HOLE)
 CMD_FLAG_DF: Final = int(CommandFlag.DF)
 CMD_FLAG_REQ_ONE: Final = int(CommandFlag.REQ_ONE)
 CMD_FLAG_FAST_ZERO: Final = int(CommandFlag.FAST_ZERO)
+CMD_FLAG_PAYLOAD_LEN: Final = int(CommandFlag.PAYLOAD_LEN)
 
 REPLY_FLAG_DONE: Final = int(ReplyFlag.DONE)
 REPLY_TYPE_NONE: Final = int(ReplyType.NONE)
 REPLY_TYPE_OFFSET_DATA: Final = int(ReplyType.OFFSET_DATA)
 REPLY_TYPE_OFFSET_HOLE: Final = int(ReplyType.OFFSET_HOLE)
 REPLY_TYPE_BLOCK_STATUS: Final = int(ReplyType.BLOCK_STATUS)
+REPLY_TYPE_BLOCK_STATUS_EXT: Final = int(ReplyType.BLOCK_STATUS_EXT)
 REPLY_TYPE_ERROR: Final = int(ReplyType.ERROR)
 REPLY_TYPE_ERROR_OFFSET: Final = int(ReplyType.ERROR_OFFSET)
 REPLY_TYPE_IS_ERROR: Final = 1 << 15  # the bit that marks an error chunk, of a known type or not
@@ -246,10 +269,56 @@ FLAG_SEND_WRITE_ZEROES: Final = int(TransmissionFlag.SEND_WRITE_ZEROES)
 FLAG_SEND_DF: Final = int(TransmissionFlag.SEND_DF)
 FLAG_SEND_CACHE: Final = int(TransmissionFlag.SEND_CACHE)
 FLAG_SEND_FAST_ZERO: Final = int(TransmissionFlag.SEND_FAST_ZERO)
+FLAG_BLOCK_STATUS_PAYLOAD: Final = int(TransmissionFlag.BLOCK_STATUS_PAYLOAD)
 
 NBD_REP_ERR_POLICY: Final = int(OptionReply.ERR_POLICY)
 NBD_REP_ERR_UNKNOWN: Final = int(OptionReply.ERR_UNKNOWN)
 NBD_REP_ERR_SHUTDOWN: Final = int(OptionReply.ERR_SHUTDOWN)
+
+
+class Mode(IntEnum):
+    """What the handshake agreed on for the messages of the transmission; each has all that the one before it has."""
+
+    SIMPLE = 0  # compact requests, simple replies
+    STRUCTURED = 1  # compact requests, structured replies
+    EXTENDED = 2  # extended headers: requests and replies
+
+
+class ChunkLayout(NamedTuple):
+    """The layouts of reply chunks in one mode; all begin with magic, flags, type, cookie, length.
+
+    A ``Cookie`` is an int in one of them, and EXTENDED_COOKIE packed in the other.
+    """
+
+    magic: int
+    header: Struct
+    read: Struct  # header and OFFSET_DATA
+    hole: Struct  # header and OFFSET_HOLE
+    status_type: int
+    status: Struct  # what precedes the descriptors
+    descriptor: Struct
+
+
+Cookie = int | bytes
+
+STRUCTURED: Final = ChunkLayout(
+    STRUCTURED_REPLY_MAGIC,
+    STRUCTURED_REPLY,
+    READ_CHUNK,
+    HOLE_CHUNK,
+    REPLY_TYPE_BLOCK_STATUS,
+    BLOCK_STATUS,
+    DESCRIPTOR,
+)
+EXTENDED: Final = ChunkLayout(
+    EXTENDED_REPLY_MAGIC,
+    EXTENDED_REPLY,
+    EXTENDED_READ_CHUNK,
+    EXTENDED_HOLE_CHUNK,
+    REPLY_TYPE_BLOCK_STATUS_EXT,
+    BLOCK_STATUS_EXT,
+    DESCRIPTOR_EXT,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +344,7 @@ class ExportInfo:
 def transmission_flags(read_only: bool) -> int:
     """The transmission flags of an export of this server.
 
-    SEND_DF is missing: the handshake adds it when structured replies were agreed on. A read-only export
+    SEND_DF and BLOCK_STATUS_PAYLOAD are missing: the handshake adds what follows from it. A read-only export
     offers FLUSH although there is nothing to flush, because clients that find no FLUSH treat the disk as
     write-through; it does not offer FUA, which is about writes.
     """

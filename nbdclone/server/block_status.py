@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from nbdclone.protocol.block_status import ALLOCATION, ALLOCATION_DEPTH, ORIGIN, merged, status_chunk
-from nbdclone.protocol.wire import BLOCK_STATUS, DESCRIPTOR, STRUCTURED_REPLY, State
+from nbdclone.protocol.block_status import (
+    ALLOCATION,
+    ALLOCATION_DEPTH,
+    ORIGIN,
+    max_status_size,
+    merged,
+    status_chunk,
+)
+from nbdclone.protocol.wire import ChunkLayout, Cookie, State
 from nbdclone.store.clone import MAX_EXTENTS, Clone
 from nbdclone.store.layer import Extent
 
 Contexts = tuple[tuple[int, str], ...]
-"""(id, name) of each context that was selected, at least one."""
+"""(id, name) of each context that is to be told, at least one."""
 
 _UNALLOCATED: Final = int(State.HOLE | State.ZERO)
 
@@ -23,7 +30,9 @@ _STATUS: Final[dict[str, Callable[[Extent], int]]] = {
 }
 
 
-def block_status(clone: Clone, contexts: Contexts, cookie: int, offset: int, length: int, one: bool) -> list[bytes]:
+def block_status(
+    clone: Clone, contexts: Contexts, cookie: Cookie, offset: int, length: int, one: bool, layout: ChunkLayout
+) -> list[bytes]:
     """The chunks of the reply to NBD_CMD_BLOCK_STATUS; ``one`` is NBD_CMD_FLAG_REQ_ONE.
 
     Waits for the disk. The range is inside the disk and not empty; where it has more than MAX_EXTENTS extents, the
@@ -41,12 +50,10 @@ def block_status(clone: Clone, contexts: Contexts, cookie: int, offset: int, len
     for (context, _name), read in zip(contexts, reads, strict=True):
         descriptors = merged((extent.length, read(extent)) for extent in extents)
         told = descriptors[:1] if one else descriptors
-        chunks.append(status_chunk(cookie, context, told, last=len(chunks) == len(contexts) - 1))
+        chunks.append(status_chunk(cookie, context, told, last=len(chunks) == len(contexts) - 1, layout=layout))
     return chunks
 
 
-def largest_reply(contexts: Contexts, one: bool) -> int:
+def largest_reply(contexts: Contexts, one: bool, layout: ChunkLayout) -> int:
     """How many bytes the reply may have."""
-    extents = 1 if one else MAX_EXTENTS
-    size: int = STRUCTURED_REPLY.size + BLOCK_STATUS.size + extents * DESCRIPTOR.size
-    return len(contexts) * size
+    return len(contexts) * (layout.header.size + max_status_size(layout, 1 if one else MAX_EXTENTS))

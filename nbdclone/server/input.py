@@ -8,15 +8,13 @@ from collections.abc import Callable
 from mmap import mmap
 from typing import Protocol
 
-from nbdclone.protocol.transmission import REQUEST_SIZE, Request, parse_requests, request_size
-from nbdclone.protocol.wire import MAX_PIPELINED, REQUEST
+from nbdclone.protocol.requests import Request, RequestLayout
+from nbdclone.protocol.wire import MAX_PIPELINED
 from nbdclone.server.buffers import PAGE, BufferPool
 
 # The shared receiving buffer: a Unix socket hands over about 200 KiB at once. It holds all that came with a handshake.
 RECEIVE_SIZE = PAGE + MAX_PIPELINED
-# The first request is put so that what follows its header starts on a page: a payload there is copied at full speed.
-RECEIVE_AT = PAGE - REQUEST_SIZE
-# A write of this size gets a buffer of its own and is received straight into it; a smaller one is run where it is.
+# A payload of this size gets a buffer of its own and is received straight into it; a smaller one is run where it is.
 DIRECT_WRITE = 32 << 10
 # How often one wake-up receives, for the sake of the other connections, while a payload is not complete.
 MAX_RECEIVES = 16
@@ -26,10 +24,10 @@ class Receiver(Protocol):
     """Who is told of what came in."""
 
     def run(self, requests: list[Request], buffer: memoryview) -> None:
-        """Run these requests; the payloads of writes stand in ``buffer``, for the time of the call."""
+        """Run these requests; their payloads stand in ``buffer``, for the time of the call."""
 
     def run_write(self, request: Request, payload: memoryview, buffer: mmap) -> None:
-        """Run a large write, whose payload stands in a buffer of its own, to be given back to the pool."""
+        """Run a request whose large payload stands in a buffer of its own, to be given back to the pool."""
 
     def drain(self) -> None:
         """The peer sends nothing more."""
@@ -44,7 +42,7 @@ class ReceiveBuffer:
 
 
 class _Payload:
-    """A large write while it is being received: ``got`` of ``view`` is there."""
+    """A large payload while it is being received: ``got`` of ``view`` is there."""
 
     __slots__ = ("buffer", "got", "request", "view")
 
@@ -62,6 +60,7 @@ class Input:
         self,
         sock: socket.socket,
         loop: asyncio.AbstractEventLoop,
+        layout: RequestLayout,
         shared: ReceiveBuffer,
         buffers: BufferPool,
         receiver: Receiver,
@@ -70,6 +69,11 @@ class Input:
         self.active = False
         self._sock = sock
         self._loop = loop
+        self._parse = layout.parse
+        self._layout = layout
+        # The first request is put so that what follows its header starts on a page: a payload there is copied at full
+        # speed.
+        self._receive_at = PAGE - layout.size
         self._buffer = shared.buffer
         self._view = shared.view
         self._buffers = buffers
@@ -99,8 +103,8 @@ class Input:
 
     def feed(self, data: bytes) -> None:
         """Take what was received already: at most MAX_PIPELINED bytes, before anything else. Raises as ``receive``."""
-        end = RECEIVE_AT + len(data)
-        self._view[RECEIVE_AT:end] = data
+        end = self._receive_at + len(data)
+        self._view[self._receive_at : end] = data
         self._take(end)
 
     def receive(self) -> None:
@@ -113,10 +117,10 @@ class Input:
     def _receive_requests(self) -> bool:
         """Receive into the shared buffer. False if it is better to wait for the next wake-up."""
         view = self._view
-        start = RECEIVE_AT
+        start = self._receive_at
         if carry := self._carry:
             start += len(carry)
-            view[RECEIVE_AT:start] = carry
+            view[self._receive_at : start] = carry
         try:
             count = self._sock.recv_into(view[start:])
         except (BlockingIOError, InterruptedError):
@@ -132,24 +136,25 @@ class Input:
         """Hand on every whole request in the shared buffer up to ``end``, and keep the rest."""
         requests: list[Request] = []
         try:
-            position = parse_requests(self._buffer, RECEIVE_AT, end, requests)
+            position = self._parse(self._buffer, self._receive_at, end, requests)
         finally:
             if requests:
                 self._receiver.run(requests, self._view)
         if position == end:
             return
-        size = request_size(self._buffer, position, end)
-        if size < DIRECT_WRITE:
+        header = self._layout.size
+        request = self._layout.head(self._buffer, position) if end - position >= header else None
+        if request is None or request[4] + header < DIRECT_WRITE:
             self._carry = bytes(self._view[position:end])
             return
-        _magic, flags, command, cookie, offset, length = REQUEST.unpack_from(self._buffer, position)
-        payload = _Payload((flags, command, cookie, offset, length, 0), self._buffers.take(length), length)
-        payload.got = end - position - REQUEST_SIZE
-        payload.view[: payload.got] = self._view[position + REQUEST_SIZE : end]
+        length = request[4]
+        payload = _Payload(request, self._buffers.take(length), length)
+        payload.got = end - position - header
+        payload.view[: payload.got] = self._view[position + header : end]
         self._payload = payload
 
     def _receive_payload(self, payload: _Payload) -> bool:
-        """Receive more of a large write. False if the socket holds no more for now."""
+        """Receive more of a large payload. False if the socket holds no more for now."""
         try:
             count = self._sock.recv_into(payload.view[payload.got :])
         except (BlockingIOError, InterruptedError):

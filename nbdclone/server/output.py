@@ -8,7 +8,15 @@ from collections import deque
 from collections.abc import Callable
 from mmap import mmap
 
-from nbdclone.protocol.wire import SIMPLE_REPLY, SIMPLE_REPLY_MAGIC
+from nbdclone.protocol.wire import (
+    EXTENDED_REPLY,
+    EXTENDED_REPLY_MAGIC,
+    REPLY_FLAG_DONE,
+    REPLY_TYPE_NONE,
+    SIMPLE_REPLY,
+    SIMPLE_REPLY_MAGIC,
+    Cookie,
+)
 from nbdclone.server.buffers import BufferPool
 
 # The buffer in which one pass over a connection gathers its replies. All connections share it, one pass at a time.
@@ -16,6 +24,8 @@ GATHER_SIZE = 256 << 10
 
 _pack_simple_reply = SIMPLE_REPLY.pack_into
 _SIMPLE_REPLY_SIZE = SIMPLE_REPLY.size
+_pack_extended_reply = EXTENDED_REPLY.pack_into
+_EXTENDED_REPLY_SIZE = EXTENDED_REPLY.size
 
 
 class Gather:
@@ -65,7 +75,7 @@ class Output:
             self.push()
         return self.filled
 
-    def simple_reply(self, cookie: int, error: int) -> None:
+    def simple_reply(self, cookie: Cookie, error: int = 0) -> None:
         """Gather a simple reply."""
         at = self.filled
         if at + _SIMPLE_REPLY_SIZE > GATHER_SIZE:
@@ -73,6 +83,12 @@ class Output:
             at = 0
         _pack_simple_reply(self.buffer, at, SIMPLE_REPLY_MAGIC, error, cookie)
         self.filled = at + _SIMPLE_REPLY_SIZE
+
+    def extended_success(self, cookie: Cookie) -> None:
+        """Gather an extended reply that says no more than success."""
+        at = self.reserve(_EXTENDED_REPLY_SIZE)
+        _pack_extended_reply(self.buffer, at, EXTENDED_REPLY_MAGIC, REPLY_FLAG_DONE, REPLY_TYPE_NONE, cookie, 0)
+        self.filled = at + _EXTENDED_REPLY_SIZE
 
     def add(self, message: bytes) -> None:
         """Gather a short message."""

@@ -24,13 +24,10 @@ from time import perf_counter
 from typing import Any
 
 from nbdclone.errors import NBDCloneError, RemoteProtocolError
+from nbdclone.protocol.block_status import parse_status_filter
 from nbdclone.protocol.handshake import Negotiated
-from nbdclone.protocol.transmission import (
-    Request,
-    error_chunk,
-    read_chunk_header,
-    request_error,
-)
+from nbdclone.protocol.requests import Request, request_layout
+from nbdclone.protocol.transmission import error_chunk, read_chunk_header, request_error
 from nbdclone.protocol.wire import (
     CMD_BLOCK_STATUS,
     CMD_CACHE,
@@ -38,6 +35,7 @@ from nbdclone.protocol.wire import (
     CMD_FLAG_FAST_ZERO,
     CMD_FLAG_FUA,
     CMD_FLAG_NO_HOLE,
+    CMD_FLAG_PAYLOAD_LEN,
     CMD_FLAG_REQ_ONE,
     CMD_FLUSH,
     CMD_READ,
@@ -46,20 +44,22 @@ from nbdclone.protocol.wire import (
     CMD_WRITE_ZEROES,
     EINVAL,
     ENOTSUP,
+    EXTENDED,
     OFFSET_DATA,
-    READ_CHUNK,
     REPLY_FLAG_DONE,
     REPLY_TYPE_OFFSET_DATA,
     SIMPLE_REPLY,
     SIMPLE_REPLY_MAGIC,
-    STRUCTURED_REPLY_MAGIC,
+    STRUCTURED,
+    Cookie,
+    Mode,
 )
-from nbdclone.server.block_status import block_status, largest_reply
+from nbdclone.server.block_status import Contexts, block_status, largest_reply
 from nbdclone.server.buffers import MIN_BUFFER, PAGE, BufferPool
 from nbdclone.server.errnos import describe, nbd_errno
 from nbdclone.server.export import Export
 from nbdclone.server.input import Input, ReceiveBuffer
-from nbdclone.server.offload import Offload
+from nbdclone.server.offload import Done, Offload
 from nbdclone.server.output import Gather, Output
 
 logger = logging.getLogger("nbdclone")
@@ -70,6 +70,9 @@ GATHERED_READ = 64 << 10
 MAX_INLINE = 1 << 20
 # How much of one CACHE is taken: reading ahead of that, the first of it may have gone again when the client comes.
 MAX_PREFETCH = 64 << 20
+# How much is made zeros in one step: all that one request with compact headers can ask for. After each step the other
+# changes of the clone that wait have their turn.
+MAX_ZEROED = 1 << 32
 MAX_UNSENT = 8 << 20
 # When no more is received. Each may be passed by what one receive brings: 256 KiB of requests, or one payload.
 MAX_HELD_WRITES = 16 << 20  # bytes of payload that wait for threads
@@ -107,14 +110,22 @@ class Session:
         self._export = export
         self._clone = export.clone
         self._info = negotiated.export
-        self._structured = negotiated.structured_replies
+        mode = negotiated.mode
+        self._structured = mode is not Mode.SIMPLE
+        self._layout = EXTENDED if mode is Mode.EXTENDED else STRUCTURED
         self._contexts = negotiated.contexts
-        self._read_header = READ_CHUNK.size if self._structured else SIMPLE_REPLY.size
+        self._read_header = self._layout.read.size if self._structured else SIMPLE_REPLY.size
         self._buffers = scratch.buffers
         self._offload = offload
         self._loop = loop
-        self._input = Input(sock, loop, scratch.received, scratch.buffers, self, self._on_readable)
+        self._input = Input(
+            sock, loop, request_layout(mode), scratch.received, scratch.buffers, self, self._on_readable
+        )
         self._output = Output(sock, loop, scratch.gather, scratch.buffers, self._on_room, self._lose)
+        # Gathers the reply to a request that succeeded and has nothing more to tell.
+        self._succeed: Callable[[Cookie], None] = (
+            self._output.extended_success if mode is Mode.EXTENDED else self._output.simple_reply
+        )
         self._waiting: deque[Callable[[], None]] = deque()  # what makes large replies, until there is room
         self._in_flight = 0  # requests that threads work on
         self._reading = 0  # bytes of replies that threads make
@@ -188,13 +199,19 @@ class Session:
                 self._draining = True
                 self._input.stop()
                 break
+            elif flags & CMD_FLAG_PAYLOAD_LEN:
+                self._run_filtered_status(flags, cookie, offset, buffer[payload : payload + length])
             else:
                 self._run_other(flags, command, cookie, offset, length)
         self._finish_pass()
 
     def run_write(self, request: Request, payload: memoryview, buffer: mmap) -> None:
-        """Run a write that has a buffer of its own."""
+        """Run a request whose payload has a buffer of its own."""
         flags, command, cookie, offset, length, _ = request
+        if command != CMD_WRITE:  # none that there is takes so much
+            self.run([(*request[:-1], 0)], payload)
+            self._buffers.give(buffer)
+            return
         if error := request_error(self._info, self._structured, flags, command, offset, length):
             self._buffers.give(buffer)
             self._reply(cookie, error)
@@ -209,7 +226,7 @@ class Session:
         if self._draining:
             self._check_over()
 
-    def _run_other(self, flags: int, command: int, cookie: int, offset: int, length: int) -> None:
+    def _run_other(self, flags: int, command: int, cookie: Cookie, offset: int, length: int) -> None:
         clone = self._clone
         if command == CMD_FLUSH:
             self._in_flight += 1
@@ -217,7 +234,7 @@ class Session:
         elif command == CMD_CACHE:
             # It is advice: more of it than the disk can follow is taken and forgotten.
             if self._prefetching:
-                self._output.simple_reply(cookie, 0)
+                self._succeed(cookie)
                 return
             self._prefetching = True
             self._in_flight += 1
@@ -234,15 +251,45 @@ class Session:
                 self._reply(cookie, ENOTSUP)
                 return
             self._in_flight += 1
-            work = lambda: clone.zero(offset, length, allocate=allocate)  # noqa: E731
-            self._export.change(work, self._finisher(cookie, fua=bool(flags & CMD_FLAG_FUA)))
+            self._zero(offset, length, allocate, self._finisher(cookie, fua=bool(flags & CMD_FLAG_FUA)))
         elif command == CMD_BLOCK_STATUS and self._contexts:
-            self._waiting.append(partial(self._tell_status, cookie, offset, length, bool(flags & CMD_FLAG_REQ_ONE)))
-            self._start_waiting()
+            self._ask_status(flags, cookie, offset, length, self._contexts)
         else:  # block status without a context
             self._reply(cookie, EINVAL)
 
-    def _read(self, cookie: int, offset: int, length: int) -> None:
+    def _zero(self, offset: int, length: int, allocate: bool, finish: Done) -> None:
+        """Make the range zeros, step by step; what is left when the connection is lost stays as it is."""
+        clone = self._clone
+        step = min(length, MAX_ZEROED - offset % MAX_ZEROED)
+
+        def done(_result: Any, error: BaseException | None) -> None:
+            if error is None and step < length and not self._lost:
+                self._zero(offset + step, length - step, allocate, finish)
+            else:
+                finish(None, error)
+
+        self._export.change(lambda: clone.zero(offset, step, allocate=allocate), done)
+
+    def _run_filtered_status(self, flags: int, cookie: Cookie, offset: int, payload: memoryview) -> None:
+        """Block status in some of the contexts, which the payload names."""
+        asked = parse_status_filter(payload, [number for number, _name in self._contexts])
+        if asked is None:
+            self._reply(cookie, EINVAL, "not a length and ids of contexts that were selected, each once")
+            return
+        length, numbers = asked
+        flags &= ~CMD_FLAG_PAYLOAD_LEN
+        if error := request_error(self._info, self._structured, flags, CMD_BLOCK_STATUS, offset, length):
+            self._reply(cookie, error)
+        else:
+            contexts = tuple(context for context in self._contexts if context[0] in numbers)
+            self._ask_status(flags, cookie, offset, length, contexts)
+
+    def _ask_status(self, flags: int, cookie: Cookie, offset: int, length: int, contexts: Contexts) -> None:
+        one = bool(flags & CMD_FLAG_REQ_ONE)
+        self._waiting.append(partial(self._tell_status, cookie, offset, length, contexts, one))
+        self._start_waiting()
+
+    def _read(self, cookie: Cookie, offset: int, length: int) -> None:
         """Answer a read, on the spot if it is short or in memory."""
         header = self._read_header
         if length > GATHERED_READ:
@@ -258,10 +305,11 @@ class Session:
             self._fail(cookie, error)
         else:
             if self._structured:
-                READ_CHUNK.pack_into(
+                layout = self._layout
+                layout.read.pack_into(
                     output.buffer,
                     at,
-                    STRUCTURED_REPLY_MAGIC,
+                    layout.magic,
                     REPLY_FLAG_DONE,
                     REPLY_TYPE_OFFSET_DATA,
                     cookie,
@@ -272,7 +320,7 @@ class Session:
                 SIMPLE_REPLY.pack_into(output.buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
             output.filled = at + header + length
 
-    def _read_large(self, cookie: int, offset: int, length: int) -> None:
+    def _read_large(self, cookie: Cookie, offset: int, length: int) -> None:
         if length > MAX_INLINE:
             self._read_in_thread(cookie, offset, length)
             return
@@ -288,16 +336,16 @@ class Session:
         else:
             self._send_read(cookie, offset, length, view, buffer)
 
-    def _send_read(self, cookie: int, offset: int, length: int, view: memoryview, buffer: mmap) -> None:
+    def _send_read(self, cookie: Cookie, offset: int, length: int, view: memoryview, buffer: mmap) -> None:
         """Send a read whose data stand at the second page of their own buffer; the header goes right before them."""
         start = PAGE - self._read_header
         if self._structured:
-            view[start:PAGE] = read_chunk_header(cookie, offset, length)
+            view[start:PAGE] = read_chunk_header(cookie, offset, length, layout=self._layout)
         else:
             SIMPLE_REPLY.pack_into(buffer, start, SIMPLE_REPLY_MAGIC, 0, cookie)
         self._output.send_owned(view[start : PAGE + length], buffer)
 
-    def _read_in_thread(self, cookie: int, offset: int, length: int, buffer: mmap | None = None) -> None:
+    def _read_in_thread(self, cookie: Cookie, offset: int, length: int, buffer: mmap | None = None) -> None:
         taken = self._buffers.take(PAGE + length) if buffer is None else buffer
         view = memoryview(taken)
         clone = self._clone
@@ -318,9 +366,9 @@ class Session:
 
         self._offload.submit(lambda: clone.read_into(view[PAGE : PAGE + length], offset), done)
 
-    def _tell_status(self, cookie: int, offset: int, length: int, one: bool) -> None:
-        clone, contexts = self._clone, self._contexts
-        held = largest_reply(contexts, one)
+    def _tell_status(self, cookie: Cookie, offset: int, length: int, contexts: Contexts, one: bool) -> None:
+        clone, layout = self._clone, self._layout
+        held = largest_reply(contexts, one, layout)
         self._in_flight += 1
         self._reading += held
 
@@ -334,9 +382,9 @@ class Session:
                     self._output.add(chunk)
             self._guarded(self._resume)
 
-        self._offload.submit(lambda: block_status(clone, contexts, cookie, offset, length, one), done)
+        self._offload.submit(lambda: block_status(clone, contexts, cookie, offset, length, one, layout), done)
 
-    def _write(self, flags: int, cookie: int, offset: int, view: memoryview, buffer: mmap | None) -> None:
+    def _write(self, flags: int, cookie: Cookie, offset: int, view: memoryview, buffer: mmap | None) -> None:
         """Run a write, on the spot if nothing makes it wait. ``buffer`` is its own, to be given back, or None."""
         export = self._export
         if not export.changing and len(view) <= MAX_INLINE and not export.stalled:
@@ -356,11 +404,11 @@ class Session:
                     self._in_flight += 1
                     export.flush(self._finisher(cookie))
                 else:
-                    self._output.simple_reply(cookie, 0)
+                    self._succeed(cookie)
                 return
         self._write_in_thread(flags, cookie, offset, view, buffer)
 
-    def _write_in_thread(self, flags: int, cookie: int, offset: int, view: memoryview, buffer: mmap | None) -> None:
+    def _write_in_thread(self, flags: int, cookie: Cookie, offset: int, view: memoryview, buffer: mmap | None) -> None:
         length = len(view)
         # Short ones, of which thousands may wait, are copied out of the shared buffer at their own size.
         kept = memoryview(bytes(view)) if buffer is None else view
@@ -382,7 +430,7 @@ class Session:
 
     # Answering
 
-    def _finisher(self, cookie: int, *, fua: bool = False) -> Callable[[Any, BaseException | None], None]:
+    def _finisher(self, cookie: Cookie, *, fua: bool = False) -> Done:
         """What ends a request that a thread worked on: its reply; with ``fua``, when a flush has followed it."""
 
         def done(_result: Any, error: BaseException | None) -> None:
@@ -391,14 +439,14 @@ class Session:
                 return
             self._in_flight -= 1
             if error is None:
-                self._output.simple_reply(cookie, 0)
+                self._succeed(cookie)
             else:
                 self._fail(cookie, error)
             self._guarded(self._resume)
 
         return done
 
-    def _fail(self, cookie: int, error: BaseException) -> None:
+    def _fail(self, cookie: Cookie, error: BaseException) -> None:
         """Gather the reply to a request that failed, and log it, once in a while."""
         now = self._loop.time()
         if now >= self._quiet_until and not self._lost:
@@ -406,10 +454,10 @@ class Session:
             logger.warning("%s: '%s': %s", self._peer, self._clone.name, describe(error))
         self._reply(cookie, nbd_errno(error), describe(error))
 
-    def _reply(self, cookie: int, error: int, message: str = "") -> None:
-        """Gather a reply without data."""
-        if error and self._structured:
-            self._output.add(error_chunk(cookie, error, message))
+    def _reply(self, cookie: Cookie, error: int, message: str = "") -> None:
+        """Gather the reply to a request that failed."""
+        if self._structured:
+            self._output.add(error_chunk(cookie, error, message, self._layout))
         else:
             self._output.simple_reply(cookie, error)
 

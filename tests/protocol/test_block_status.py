@@ -10,12 +10,12 @@ import wirebytes as w
 
 from nbdclone.errors import LocalProtocolError, RemoteProtocolError
 from nbdclone.protocol import block_status, wire
-from nbdclone.protocol.block_status import CONTEXTS, merged, status_chunk
+from nbdclone.protocol.block_status import CONTEXTS, merged, parse_status_filter, status_chunk, status_filter
 from nbdclone.protocol.client_handshake import ClientHandshake, ContextsSet, Opened, Ready, Refused
 from nbdclone.protocol.handshake import OpenExport, ServerHandshake
 from nbdclone.protocol.pending import Completed
 from nbdclone.protocol.transmission import ClientTransmission
-from nbdclone.protocol.wire import ExportInfo, transmission_flags
+from nbdclone.protocol.wire import ExportInfo, Mode, transmission_flags
 
 WEB1 = ExportInfo("web1", 10 << 20, transmission_flags(False))
 ALL = [b"base:allocation", b"qemu:allocation-depth", b"nbdclone:origin"]
@@ -225,7 +225,9 @@ def test_a_client_forgets_contexts_of_another_export() -> None:
 
 def test_without_structured_replies_a_client_does_not_ask() -> None:
     client = ClientHandshake()
-    client.receive_data(w.greeting() + w.option_reply(w.STRUCTURED_REPLY, w.UNSUP))
+    client.receive_data(
+        w.greeting() + w.option_reply(w.EXTENDED_HEADERS, w.UNSUP) + w.option_reply(w.STRUCTURED_REPLY, w.UNSUP)
+    )
     assert client.next_event() == Ready()
     client.data_to_send()
     client.set_contexts("web1", ["base:allocation"])
@@ -284,7 +286,7 @@ def test_ids_and_names_of_contexts_are_unique() -> None:
 
 def asking(*, flags: int = 0, contexts: tuple[int, ...] = (1, 3)) -> ClientTransmission:
     """A client that asked about 1000 bytes at 100; the cookie is 1."""
-    client = ClientTransmission(True, contexts)
+    client = ClientTransmission(Mode.STRUCTURED, contexts)
     client.send_request(w.BLOCK_STATUS, flags, 100, 1000)
     return client
 
@@ -302,7 +304,7 @@ def test_a_reply_has_a_chunk_for_each_context_in_any_order() -> None:
 
 
 def test_a_large_chunk_comes_in_pieces() -> None:
-    client = ClientTransmission(True, [1])
+    client = ClientTransmission(Mode.STRUCTURED, [1])
     client.send_request(w.BLOCK_STATUS, 0, 0, 1 << 20)
     extents = [(8, number & 1) for number in range(1 << 17)]
     completed: list[Completed] = []
@@ -333,7 +335,7 @@ def test_an_error_may_be_a_simple_reply() -> None:
         lambda: w.status_chunk(1, 1, (1000, 0), (1, 3), flags=0),  # the last begins beyond the range
         lambda: w.chunk(w.STATUS, 1, bytes(3), flags=0),
         lambda: w.chunk(w.STATUS, 1, bytes(4 + 9), flags=0),
-        lambda: w.chunk(w.STATUS, 1, bytes(block_status.MAX_STATUS_CHUNK + 1), flags=0)[:20],
+        lambda: w.chunk(w.STATUS, 1, bytes(block_status.max_status_size(wire.STRUCTURED) + 1), flags=0)[:20],
         lambda: w.data_chunk(1, 100, b"data"),
         lambda: w.hole_chunk(1, 100, 10),
     ],
@@ -352,7 +354,7 @@ def test_who_asks_for_one_extent_gets_one_within_the_range(extents: list[tuple[i
 
 
 def test_status_in_the_reply_to_something_else_is_the_servers_fault() -> None:
-    client = ClientTransmission(True, [1])
+    client = ClientTransmission(Mode.STRUCTURED, [1])
     client.send_request(w.READ, 0, 100, 1000)
     with pytest.raises(RemoteProtocolError):
         receive(client, w.status_chunk(1, 1, (1000, 0)))
@@ -364,3 +366,97 @@ def test_large_chunks_are_taken_from_nobody_with_whom_no_context_was_agreed() ->
         receive(client, w.chunk(w.STATUS, 1, bytes(4 + 8 * 1000))[:20])
     with pytest.raises(RemoteProtocolError):
         receive(asking(contexts=()), w.simple(1))
+
+
+# With extended headers
+
+
+def asking_extended(*, flags: int = 0, some: tuple[int, ...] | None = None) -> ClientTransmission:
+    """A client with contexts 1 and 3 that asked about 2^40 bytes at 100; the cookie is 1."""
+    client = ClientTransmission(Mode.EXTENDED, [1, 3])
+    client.send_request(w.BLOCK_STATUS, flags, 100, 1 << 40, contexts=some)
+    return client
+
+
+def test_an_extended_chunk_is_laid_out_as_the_specification_says() -> None:
+    extents = [(1 << 40, 0), ((1 << 64) - 1, (1 << 64) - 1)]
+    cookie = w.extended_cookie(7, 100)
+    chunk = status_chunk(cookie, 2, extents, last=False, layout=wire.EXTENDED)
+    assert chunk == w.extended_status_chunk(7, 100, 2, *extents, flags=0)
+
+
+def test_extended_extents_are_long() -> None:
+    first, second = [(1 << 39, 0), (1 << 62, 3)], [(1 << 40, 1 << 63)]
+    chunks = w.extended_status_chunk(1, 100, 3, *second, flags=0), w.extended_status_chunk(1, 100, 1, *first)
+    assert receive(asking_extended(), *chunks) == [Completed(1, 0, "", None, {1: first, 3: second})]
+
+
+def test_a_question_in_some_of_the_contexts_has_them_in_its_payload() -> None:
+    client = ClientTransmission(Mode.EXTENDED, [1, 3])
+    _cookie, buffers = client.send_request(w.BLOCK_STATUS, w.REQ_ONE, 100, 1 << 40, contexts=[3])
+    payload = struct.pack(">QI", 1 << 40, 3)
+    assert b"".join(buffers) == w.extended_request(w.BLOCK_STATUS, 100, flags=w.REQ_ONE, payload=payload)
+    assert receive(client, w.extended_status_chunk(1, 100, 3, (1 << 40, 1))) == [
+        Completed(1, 0, "", None, {3: [(1 << 40, 1)]})
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "command"), [(Mode.STRUCTURED, w.BLOCK_STATUS), (Mode.EXTENDED, w.READ), (Mode.EXTENDED, w.WRITE)]
+)
+def test_contexts_in_a_request_that_cannot_have_them_are_the_callers_fault(mode: Mode, command: int) -> None:
+    client = ClientTransmission(mode, [1])
+    with pytest.raises(LocalProtocolError):
+        client.send_request(command, 0, 0, 0, contexts=[1])
+    assert client.in_flight == 0
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        w.extended_chunk(w.NONE, 1, 100),
+        w.extended_status_chunk(1, 100, 1, (400, 0)),  # one context of two
+        w.extended_status_chunk(1, 100, 2, (400, 0), flags=0),
+        w.extended_status_chunk(1, 104, 1, (400, 0), flags=0),  # another offset than the request's
+        w.extended_status_chunk(1, 100, 1, (400, 0), flags=0, count=2),
+        w.extended_status_chunk(1, 100, 1, (400, 0), (400, 3), flags=0, count=1),
+        w.extended_status_chunk(1, 100, 1, flags=0),
+        w.extended_status_chunk(1, 100, 1, (0, 0), flags=0),
+        w.extended_status_chunk(1, 100, 1, (1 << 40, 0), (1, 3), flags=0),
+        w.extended_chunk(w.STATUS, 1, 100, struct.pack(">III", 1, 400, 0), flags=0),
+        w.extended_chunk(w.STATUS_EXT, 1, 100, bytes(8 + 15), flags=0),
+        struct.pack(">IHHQQQ", 0x6E8A278C, 0, w.STATUS_EXT, 1, 100, 8 + 16 * ((1 << 20) + 1)),
+        w.status_chunk(1, 1, (400, 0), flags=0),
+    ],
+)
+def test_an_extended_reply_that_does_not_fit_its_question_is_the_servers_fault(lie: bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        receive(asking_extended(), lie)
+
+
+def test_who_asks_in_one_context_takes_no_other() -> None:
+    with pytest.raises(RemoteProtocolError):
+        receive(asking_extended(some=(3,)), w.extended_status_chunk(1, 100, 1, (400, 0), flags=0))
+
+
+def test_a_filter_is_a_length_and_ids() -> None:
+    assert status_filter(5, [1, 3]) == struct.pack(">QII", 5, 1, 3)
+    assert parse_status_filter(struct.pack(">QII", 1 << 63, 3, 1), [1, 2, 3]) == (1 << 63, [3, 1])
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        bytes(7),
+        struct.pack(">Q", 5),  # no context
+        struct.pack(">QI", 5, 2),  # one that was not selected
+        struct.pack(">QI", 5, 99),
+        struct.pack(">QII", 5, 1, 1),
+        struct.pack(">QIII", 5, 1, 3, 1),
+        struct.pack(">QIB", 5, 1, 0),
+        struct.pack(">QI", 5, 1)[:-1],
+    ],
+)
+def test_what_is_no_filter_is_none(payload: bytes) -> None:
+    assert parse_status_filter(payload, [1, 3]) is None

@@ -19,13 +19,14 @@ from nbdclone.protocol.client_handshake import (
     Refused,
 )
 from nbdclone.protocol.handshake import Aborted, ListExports, OpenExport, Purpose, ServerHandshake
-from nbdclone.protocol.wire import ExportInfo, TransmissionFlag, transmission_flags
+from nbdclone.protocol.wire import ExportInfo, Mode, TransmissionFlag, transmission_flags
 
 EXPORTS = {
     "web1": ExportInfo("web1", 10 << 20, transmission_flags(False), "the first web server"),
     "größe": ExportInfo("größe", 0, transmission_flags(True)),
 }
 STRUCTURED_ACK = w.option_reply(w.STRUCTURED_REPLY, w.ACK)
+EXTENDED_ACK = w.option_reply(w.EXTENDED_HEADERS, w.ACK)
 
 
 def joined() -> tuple[ClientHandshake, ServerHandshake]:
@@ -64,10 +65,9 @@ def serve(server: ServerHandshake) -> None:
                 pass
 
 
-def test_structured_replies_are_agreed_on_before_anything_is_asked() -> None:
+def test_extended_headers_are_agreed_on_before_anything_is_asked() -> None:
     client, server = joined()
-    assert client.structured_replies
-    assert server.structured_replies
+    assert client.mode is server.mode is Mode.EXTENDED
 
 
 def test_a_list_comes_through_whole() -> None:
@@ -116,7 +116,10 @@ def greeted(flags: int = w.FIXED | w.NO_ZEROES) -> ClientHandshake:
     client.receive_data(w.greeting(flags))
     if flags & w.FIXED:
         assert client.next_event() is None
-        assert client.data_to_send() == [w.client_flags(flags), w.option(w.STRUCTURED_REPLY)]
+        assert client.data_to_send() == [w.client_flags(flags), w.option(w.EXTENDED_HEADERS)]
+        client.receive_data(w.option_reply(w.EXTENDED_HEADERS, w.UNSUP))
+        assert client.next_event() is None
+        assert client.data_to_send() == [w.option(w.STRUCTURED_REPLY)]
         client.receive_data(STRUCTURED_ACK)
     assert client.next_event() == Ready()
     return client
@@ -154,10 +157,32 @@ def test_unknown_handshake_flags_are_ignored() -> None:
     assert client.data_to_send()[0] == w.client_flags(w.FIXED | w.NO_ZEROES)
 
 
-def test_a_server_without_structured_replies_is_taken_as_it_is() -> None:
+@pytest.mark.parametrize("refusal", [w.UNSUP, w.POLICY, w.INVALID, w.EXT_HEADER_REQD])
+def test_a_server_without_structured_replies_is_taken_as_it_is(refusal: int) -> None:
     client = ClientHandshake()
-    assert answer(client, w.greeting(), w.option_reply(w.STRUCTURED_REPLY, w.UNSUP, b"what?")) == Ready()
-    assert not client.structured_replies
+    refusals = [w.option_reply(option, refusal, b"what?") for option in (w.EXTENDED_HEADERS, w.STRUCTURED_REPLY)]
+    assert answer(client, w.greeting(), *refusals) == Ready()
+    assert client.mode is Mode.SIMPLE
+
+
+@pytest.mark.parametrize("wanted", Mode)
+def test_no_more_is_asked_for_than_is_wanted(wanted: Mode) -> None:
+    client = ClientHandshake(wanted)
+    client.receive_data(w.greeting())
+    options = {Mode.SIMPLE: [], Mode.STRUCTURED: [w.STRUCTURED_REPLY], Mode.EXTENDED: [w.EXTENDED_HEADERS]}[wanted]
+    assert (client.next_event() == Ready()) == (not options)
+    assert client.data_to_send() == [w.client_flags(), *map(w.option, options)]
+    if options:
+        assert answer(client, *(w.option_reply(number, w.ACK) for number in options)) == Ready()
+    assert client.mode is wanted
+
+
+def test_a_server_with_extended_headers_must_know_go() -> None:
+    client = ClientHandshake()
+    assert answer(client, w.greeting(), EXTENDED_ACK) == Ready()
+    client.go("web1")
+    with pytest.raises(RemoteProtocolError, match="NBD_OPT_GO"):
+        answer(client, w.option_reply(w.GO, w.UNSUP))
 
 
 def test_go_falls_back_to_export_name() -> None:
@@ -167,7 +192,7 @@ def test_go_falls_back_to_export_name() -> None:
     event = answer(client, struct.pack(">QH", 4096, 3) + b"rest")
     assert isinstance(event, Opened)
     assert event.negotiated.export == ExportInfo("web1", 4096, 3)
-    assert event.negotiated.structured_replies
+    assert event.negotiated.mode is Mode.STRUCTURED
     assert client.trailing_data() == b"rest"
     assert client.trailing_data() == b""
 

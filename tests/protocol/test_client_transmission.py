@@ -13,13 +13,14 @@ from nbdclone.errors import LocalProtocolError, RemoteProtocolError
 from nbdclone.protocol import wire
 from nbdclone.protocol.pending import Completed
 from nbdclone.protocol.transmission import ClientTransmission
+from nbdclone.protocol.wire import Mode
 
 
 def client_with(
     command: int, offset: int, length: int, *, flags: int = 0, structured: bool = True
 ) -> ClientTransmission:
     """A client with one request in flight, whose cookie is 1."""
-    client = ClientTransmission(structured)
+    client = ClientTransmission(Mode(structured))
     cookie, _buffers = client.send_request(command, flags, offset, length, bytes(length if command == w.WRITE else 0))
     assert cookie == 1
     return client
@@ -32,7 +33,7 @@ def receive(client: ClientTransmission, *messages: bytes) -> list[Completed]:
 
 
 def test_a_request_is_its_header_and_its_payload_as_it_is() -> None:
-    client = ClientTransmission(True)
+    client = ClientTransmission(Mode.STRUCTURED)
     payload = bytearray(b"hello")
     cookie, buffers = client.send_request(w.WRITE, w.FUA, 4096, 5, payload)
     assert buffers[0] == w.request(w.WRITE, 4096, 5, flags=w.FUA, cookie=cookie)
@@ -59,14 +60,14 @@ def test_a_request_is_its_header_and_its_payload_as_it_is() -> None:
 def test_a_request_that_does_not_fit_the_wire_is_the_callers_fault(
     command: int, flags: int, offset: int, length: int, payload: bytes
 ) -> None:
-    client = ClientTransmission(True)
+    client = ClientTransmission(Mode.STRUCTURED)
     with pytest.raises(LocalProtocolError):
         client.send_request(command, flags, offset, length, payload)
     assert client.in_flight == 0
 
 
 def test_disc_gets_no_reply() -> None:
-    client = ClientTransmission(True)
+    client = ClientTransmission(Mode.STRUCTURED)
     _cookie, buffers = client.send_request(w.DISC, 0, 0, 0)
     assert len(buffers) == 1
     assert client.in_flight == 0
@@ -333,3 +334,67 @@ def test_a_large_read_in_small_packets_takes_its_own_size() -> None:
 
     assert peak_of(trickle) < 2 * length
     assert completed == [Completed(1, 0, "", bytes(length))]
+
+
+# With extended headers
+
+
+def extended_client(command: int, offset: int, length: int) -> ClientTransmission:
+    """A client with one request in flight, whose cookie is 1."""
+    client = ClientTransmission(Mode.EXTENDED, [1, 3])
+    client.send_request(command, 0, offset, length, bytes(length if command == w.WRITE else 0))
+    return client
+
+
+def test_an_extended_request_says_that_it_has_a_payload() -> None:
+    client = ClientTransmission(Mode.EXTENDED)
+    payload = bytearray(b"hello")
+    _cookie, buffers = client.send_request(w.WRITE, w.FUA, 4096, 5, payload)
+    assert b"".join(buffers) == w.extended_request(w.WRITE, 4096, flags=w.FUA, payload=b"hello")
+    assert buffers[1] is payload
+    _cookie, buffers = client.send_request(w.TRIM, 0, 512, (1 << 64) - 512)
+    assert buffers == [w.extended_request(w.TRIM, 512, (1 << 64) - 512, cookie=2)]
+    with pytest.raises(LocalProtocolError):
+        client.send_request(w.TRIM, 0, 0, 1 << 64)
+
+
+@pytest.mark.parametrize("command", [w.WRITE, w.FLUSH, w.TRIM, w.CACHE, w.WRITE_ZEROES])
+def test_an_extended_chunk_completes_what_does_not_read(command: int) -> None:
+    assert receive(extended_client(command, 7, 512), w.extended_chunk(w.NONE, 1, 7)) == [Completed(1, 0, "", None)]
+    error = w.extended(w.error_chunk(1, 28, b"full"), 7)
+    assert receive(extended_client(command, 7, 512), error) == [Completed(1, 28, "full", None)]
+
+
+def test_an_extended_read_is_put_together_from_chunks_that_repeat_its_offset() -> None:
+    chunks = w.data_chunk(1, 104, b"efgh", flags=0) + w.hole_chunk(1, 100, 4, flags=0) + w.data_chunk(1, 108, b"ij")
+    [answer] = receive(extended_client(w.READ, 100, 10), w.extended(chunks, 100))
+    assert answer == Completed(1, 0, "", bytes(4) + b"efghij")
+
+
+EXTENDED_LIES = {
+    "a simple reply": w.simple(1),
+    "a structured chunk": w.data_chunk(1, 100, b"abcdefgh"),
+    "an offset that is not the request's": w.extended(w.data_chunk(1, 100, b"abcdefgh"), 104),
+    "an error with another offset": w.extended(w.error_chunk(1, 5, b"no"), 104),
+    "another cookie": w.extended(w.data_chunk(2, 100, b"abcdefgh"), 100),
+    "data beyond the request": w.extended(w.data_chunk(1, 100, b"abcdefghi"), 100),
+    "a length of 64 bits": struct.pack(">IHHQQQ", 0x6E8A278C, 1, w.DATA, 1, 100, 1 << 63) + struct.pack(">Q", 100),
+    "an error of 64 bits": struct.pack(">IHHQQQ", 0x6E8A278C, 1, w.ERROR, 1, 100, 1 << 32),
+    "nothing": w.extended_chunk(w.NONE, 1, 100),
+    "block status": w.extended_status_chunk(1, 100, 1, (8, 0)),
+    "block status of structured replies": w.extended_chunk(w.STATUS, 1, 100, bytes(12)),
+}
+
+
+@pytest.mark.parametrize("lie", EXTENDED_LIES)
+def test_a_lie_with_extended_headers_is_the_servers_fault(lie: str) -> None:
+    with pytest.raises(RemoteProtocolError):
+        receive(extended_client(w.READ, 100, 8), EXTENDED_LIES[lie])
+
+
+@pytest.mark.parametrize("mode", [Mode.SIMPLE, Mode.STRUCTURED])
+def test_extended_chunks_that_were_not_agreed_on_are_a_lie(mode: Mode) -> None:
+    client = ClientTransmission(mode)
+    client.send_request(w.READ, 0, 0, 8)
+    with pytest.raises(RemoteProtocolError, match="magic"):
+        receive(client, w.extended(w.data_chunk(1, 0, b"abcdefgh"), 0))

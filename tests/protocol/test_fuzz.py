@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import wirebytes as w
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,8 +12,9 @@ from nbdclone.protocol import wire
 from nbdclone.protocol.client_handshake import ClientHandshake, ContextsSet, ExportDescribed, ExportList, Ready, Refused
 from nbdclone.protocol.handshake import ListExports, OpenExport, ServerHandshake
 from nbdclone.protocol.pending import Completed
-from nbdclone.protocol.transmission import ClientTransmission, Request, parse_requests, request_error
-from nbdclone.protocol.wire import ExportInfo, transmission_flags
+from nbdclone.protocol.requests import Request, request_layout
+from nbdclone.protocol.transmission import ClientTransmission, request_error
+from nbdclone.protocol.wire import ExportInfo, Mode, transmission_flags
 
 INFO = ExportInfo("web1", 1 << 20, transmission_flags(False), "a disk")
 cuts = st.lists(st.integers(0, 2000), max_size=30)
@@ -23,6 +25,7 @@ options = st.one_of(
     st.builds(w.option, st.integers(0, 12), st.binary(max_size=40)),
     st.just(w.option(w.LIST)),
     st.just(w.option(w.STRUCTURED_REPLY)),
+    st.just(w.option(w.EXTENDED_HEADERS)),
     st.builds(
         lambda number, name, infos: w.option(number, w.export_request(name, *infos)),
         st.sampled_from([w.INFO, w.GO]),
@@ -95,7 +98,7 @@ def test_garbage_to_a_server_raises_nothing_but_the_peers_fault(pieces: list[byt
 replies = st.one_of(
     st.builds(
         w.option_reply,
-        st.sampled_from([3, 6, 7, 8, 10]),
+        st.sampled_from([3, 6, 7, 8, 10, 11]),
         st.sampled_from([1, 2, 3, 4, w.UNSUP]),
         st.binary(max_size=30),
     ),
@@ -115,10 +118,11 @@ replies = st.one_of(
         for number in (w.INFO, w.GO)
     ),
 )
-honest_start = w.greeting() + w.option_reply(w.STRUCTURED_REPLY, w.ACK)
+honest_start = w.greeting() + w.option_reply(w.EXTENDED_HEADERS, w.ACK)
+older_start = w.greeting() + w.option_reply(w.EXTENDED_HEADERS, w.UNSUP) + w.option_reply(w.STRUCTURED_REPLY, w.ACK)
 server_streams = st.builds(
     lambda start, parts, tail: start + b"".join(parts) + tail,
-    st.sampled_from([honest_start, honest_start, honest_start, w.greeting(0), b""]),
+    st.sampled_from([honest_start, older_start, older_start, w.greeting(), w.greeting(0), b""]),
     st.lists(replies, max_size=6),
     st.binary(max_size=40),
 )
@@ -167,53 +171,74 @@ def test_garbage_to_a_client_in_its_handshake_raises_nothing_but_the_peers_fault
 
 # Requests
 
-requests = st.one_of(
-    st.builds(
-        lambda flags, offset, payload: w.request(w.WRITE, offset, len(payload), flags=flags, payload=payload),
-        st.integers(0, 0xFFFF),
-        st.integers(0, (1 << 64) - 1),
-        st.binary(max_size=100),
-    ),
-    st.builds(
-        lambda flags, command, offset, length: w.request(command, offset, length, flags=flags),
-        st.integers(0, 0xFFFF),
-        st.integers(0, 0xFFFF).filter(lambda command: command != w.WRITE),
-        st.integers(0, (1 << 64) - 1),
-        st.integers(0, (1 << 32) - 1),
-    ),
-)
-request_streams = st.builds(
-    lambda parts, tail: b"".join(parts) + tail, st.lists(requests, max_size=8), st.binary(max_size=60)
-)
+modes = st.sampled_from(Mode)
+REQUESTS = {Mode.STRUCTURED: w.request, Mode.EXTENDED: w.extended_request}
 
 
-def parse(pieces: list[bytes]) -> tuple[list[tuple[tuple[int, ...], bytes]], object]:
+def request_streams(mode: Mode) -> st.SearchStrategy[bytes]:
+    build = REQUESTS[mode]
+    with_payload = [w.WRITE] if mode is Mode.STRUCTURED else [w.WRITE, w.READ, w.DISC, w.BLOCK_STATUS, 77]
+    largest = (1 << 32) - 1 if mode is Mode.STRUCTURED else (1 << 64) - 1
+    requests = st.one_of(
+        st.builds(
+            lambda flags, command, offset, payload: build(command, offset, len(payload), flags=flags, payload=payload),
+            st.integers(0, 0xFFFF),
+            st.sampled_from(with_payload),
+            st.integers(0, (1 << 64) - 1),
+            st.binary(max_size=100),
+        ),
+        st.builds(
+            lambda flags, command, offset, length: build(command, offset, length, flags=flags),
+            st.integers(0, 0xFFFF).map(lambda flags: flags & ~w.PAYLOAD_LEN),
+            st.integers(0, 0xFFFF).filter(lambda command: command != w.WRITE),
+            st.integers(0, (1 << 64) - 1),
+            st.integers(0, largest),
+        ),
+    )
+    return st.builds(lambda parts, tail: b"".join(parts) + tail, st.lists(requests, max_size=8), st.binary(max_size=60))
+
+
+def parse(pieces: list[bytes], mode: Mode) -> tuple[list[tuple[tuple[object, ...], bytes]], object]:
     """The requests with their payloads, and the error or the bytes left."""
+    layout = request_layout(mode)
     buffer = bytearray()
-    taken: list[tuple[tuple[int, ...], bytes]] = []
+    taken: list[tuple[tuple[object, ...], bytes]] = []
     for piece in pieces:
         buffer += piece
         parsed: list[Request] = []
         failure = None
         position = 0
         try:
-            position = parse_requests(buffer, 0, len(buffer), parsed)
+            position = layout.parse(buffer, 0, len(buffer), parsed)
         except RemoteProtocolError as error:
             failure = str(error)
-        for flags, command, cookie, offset, length, payload_start in parsed:
-            payload = bytes(buffer[payload_start : payload_start + length]) if command == w.WRITE else b""
+        for flags, command, cookie, offset, length, start in parsed:
+            has_payload = command == w.WRITE or (mode is Mode.EXTENDED and flags & w.PAYLOAD_LEN)
+            payload = bytes(buffer[start : start + length]) if has_payload else b""
+            assert len(payload) == (length if has_payload else 0)
             taken.append(((flags, command, cookie, offset, length), payload))
         if failure:
             return taken, failure
+        if len(buffer) - position >= layout.size:
+            assert 0 < layout.head(buffer, position)[4] <= wire.MAX_PAYLOAD
         del buffer[:position]
     return taken, bytes(buffer)
 
 
-@given(request_streams, cuts)
-def test_requests_are_the_same_in_any_fragmentation(stream: bytes, cuts: list[int]) -> None:
-    whole = parse([stream])
-    assert parse(list(w.in_pieces(stream, cuts))) == whole
-    assert parse([bytes([byte]) for byte in stream]) == whole
+@pytest.mark.parametrize("mode", REQUESTS)
+@given(data=st.data(), cuts=cuts)
+def test_requests_are_the_same_in_any_fragmentation(mode: Mode, data: st.DataObject, cuts: list[int]) -> None:
+    stream = data.draw(request_streams(mode))
+    whole = parse([stream], mode)
+    assert parse(list(w.in_pieces(stream, cuts)), mode) == whole
+    assert parse([bytes([byte]) for byte in stream], mode) == whole
+
+
+@given(st.lists(st.binary(max_size=200), max_size=20), modes)
+def test_garbage_as_requests_raises_nothing_but_the_peers_fault(pieces: list[bytes], mode: Mode) -> None:
+    parse(pieces, mode)
+    magic = (0x21E41C71 if mode is Mode.EXTENDED else 0x25609513).to_bytes(4, "big")
+    parse([magic + piece for piece in pieces], mode)
 
 
 @given(
@@ -222,7 +247,7 @@ def test_requests_are_the_same_in_any_fragmentation(stream: bytes, cuts: list[in
     st.integers(0, 0xFFFF),
     st.integers(0, 9),
     st.one_of(st.integers(0, 1 << 21), st.integers(0, (1 << 64) - 1)),
-    st.one_of(st.integers(0, 1 << 21), st.integers(0, (1 << 32) - 1)),
+    st.one_of(st.integers(0, 1 << 21), st.integers(0, (1 << 64) - 1)),
 )
 def test_a_request_that_may_be_run_stays_within_the_export(
     read_only: bool, structured: bool, flags: int, command: int, offset: int, length: int
@@ -267,9 +292,33 @@ reply_streams = st.builds(
 )
 
 
-def take(pieces: list[bytes], structured: bool) -> list[object]:
+# The same with extended headers, and the offset mostly that of the request
+extended_chunks = st.one_of(
+    st.builds(
+        lambda message, offset: w.extended(message, offset) if message[:1] == b"\x66" else message,
+        chunks,
+        st.sampled_from([100, 100, 100, 104, 0]),
+    ),
+    st.builds(
+        w.extended_status_chunk,
+        st.integers(1, 5),
+        st.sampled_from([100, 100, 104]),
+        st.sampled_from([7, 7, 9]),
+        st.tuples(st.integers(0, 9), st.integers(0, 3)),
+        flags=st.integers(0, 1),
+    ),
+    st.builds(
+        w.extended_chunk, st.integers(0, 6), st.integers(1, 5), st.sampled_from([100, 104]), st.binary(max_size=20)
+    ),
+)
+extended_reply_streams = st.builds(
+    lambda parts, tail: b"".join(parts) + tail, st.lists(extended_chunks, max_size=8), st.binary(max_size=40)
+)
+
+
+def take(pieces: list[bytes], mode: Mode) -> list[object]:
     """All that a client makes of the pieces, which has two reads, a write, a flush and a question in flight."""
-    client = ClientTransmission(structured, [7])
+    client = ClientTransmission(mode, [7])
     client.send_request(w.READ, 0, 100, 4)
     client.send_request(w.READ, 0, 104, 4)
     client.send_request(w.WRITE, 0, 100, 4, b"data")
@@ -287,13 +336,13 @@ def take(pieces: list[bytes], structured: bool) -> list[object]:
     return [*completed, failure]
 
 
-@given(reply_streams, cuts, st.booleans())
-def test_replies_are_the_same_in_any_fragmentation(stream: bytes, cuts: list[int], structured: bool) -> None:
-    whole = take([stream], structured)
-    assert take(list(w.in_pieces(stream, cuts)), structured) == whole
-    assert take([bytes([byte]) for byte in stream], structured) == whole
+@given(st.one_of(reply_streams, extended_reply_streams), cuts, modes)
+def test_replies_are_the_same_in_any_fragmentation(stream: bytes, cuts: list[int], mode: Mode) -> None:
+    whole = take([stream], mode)
+    assert take(list(w.in_pieces(stream, cuts)), mode) == whole
+    assert take([bytes([byte]) for byte in stream], mode) == whole
 
 
-@given(st.lists(st.binary(max_size=200), max_size=20), st.booleans())
-def test_garbage_to_a_client_raises_nothing_but_the_peers_fault(pieces: list[bytes], structured: bool) -> None:
-    take(pieces, structured)
+@given(st.lists(st.binary(max_size=200), max_size=20), modes)
+def test_garbage_to_a_client_raises_nothing_but_the_peers_fault(pieces: list[bytes], mode: Mode) -> None:
+    take(pieces, mode)

@@ -11,8 +11,9 @@ import wirebytes as w
 
 from nbdclone.errors import RemoteProtocolError
 from nbdclone.protocol import transmission, wire
-from nbdclone.protocol.transmission import Request, parse_requests, request_error, request_size
-from nbdclone.protocol.wire import ExportInfo, TransmissionFlag, transmission_flags
+from nbdclone.protocol.requests import Request, parse_extended_requests, parse_requests, request_layout
+from nbdclone.protocol.transmission import request_error
+from nbdclone.protocol.wire import ExportInfo, Mode, TransmissionFlag, transmission_flags
 
 SIZE = 1 << 20
 WRITABLE = ExportInfo("web1", SIZE, transmission_flags(False))
@@ -48,7 +49,7 @@ def test_a_write_without_all_of_its_payload_waits() -> None:
     requests, position = parse(data)
     assert len(requests) == 1
     assert position == 28
-    assert request_size(data, position, len(data)) == 128
+    assert request_layout(Mode.SIMPLE).head(data, position) == (0, w.WRITE, 1, 0, 100, 56)
 
 
 def test_a_write_that_ends_where_the_buffer_ends_is_taken() -> None:
@@ -62,7 +63,6 @@ def test_half_a_header_waits() -> None:
         requests: list[Request] = []
         assert parse_requests(data, 0, end, requests) == 0
         assert requests == []
-        assert request_size(data, 0, end) == 28
 
 
 def test_what_lies_behind_the_end_is_not_looked_at() -> None:
@@ -102,6 +102,71 @@ def test_a_write_above_the_limit_is_fatal_before_its_payload_comes() -> None:
 def test_the_limit_lets_through_what_other_suites_send() -> None:
     assert wire.MAX_PAYLOAD > 49_865_728
     assert wire.MAX_PAYLOAD >= wire.ADVERTISED_MAX_PAYLOAD >= 32 << 20
+
+
+# With extended headers
+
+
+def parse_extended(data: bytes) -> tuple[list[Request], int]:
+    requests: list[Request] = []
+    position = parse_extended_requests(data, 0, len(data), requests)
+    return requests, position
+
+
+def test_extended_requests_have_long_lengths_and_payloads_on_any_command() -> None:
+    data = (
+        w.extended_request(w.TRIM, 4096, 1 << 63, cookie=1, flags=w.FUA)
+        + w.extended_request(w.WRITE, 8192, cookie=2, flags=w.FUA, payload=b"hello")
+        + w.extended_request(w.BLOCK_STATUS, 5, cookie=3, payload=bytes(12))
+        + w.extended_request(77, 0, cookie=0xFFFFFFFFFFFFFFFF, payload=b"??")
+        + w.extended_request(w.READ, 0, 512)
+    )
+    requests, position = parse_extended(data)
+    assert requests == [
+        (w.FUA, w.TRIM, w.extended_cookie(1, 4096), 4096, 1 << 63, 32),
+        (w.FUA, w.WRITE, w.extended_cookie(2, 8192), 8192, 5, 64),
+        (w.PAYLOAD_LEN, w.BLOCK_STATUS, w.extended_cookie(3, 5), 5, 12, 101),
+        (w.PAYLOAD_LEN, 77, w.extended_cookie(0xFFFFFFFFFFFFFFFF, 0), 0, 2, 145),
+        (0, w.READ, w.extended_cookie(1, 0), 0, 512, 179),
+    ]
+    assert position == len(data)
+
+
+def test_an_extended_write_has_a_payload_although_it_does_not_say_so() -> None:
+    data = w.extended_request(w.WRITE, 0, 4) + b"data" + w.extended_request(w.READ, 0, 1)
+    requests, position = parse_extended(data)
+    assert [request[:2] for request in requests] == [(0, w.WRITE), (0, w.READ)]
+    assert position == len(data)
+
+
+@pytest.mark.parametrize("command", [w.WRITE, w.READ, w.BLOCK_STATUS, w.DISC, 77])
+def test_an_extended_request_waits_for_all_of_its_payload(command: int) -> None:
+    before = w.extended_request(w.FLUSH)
+    data = before + w.extended_request(command, 7, cookie=9, payload=bytes(40))
+    for end in range(32, len(data)):
+        requests, position = parse_extended(data[:end])
+        assert len(requests) == 1
+        assert position == 32
+    layout = request_layout(Mode.EXTENDED)
+    flags = 0 if command == w.WRITE else w.PAYLOAD_LEN
+    assert layout.head(data, position) == (flags, command, w.extended_cookie(9, 7), 7, 40, 64)
+    assert layout.size == 32
+
+
+@pytest.mark.parametrize("command", [w.WRITE, w.READ, w.BLOCK_STATUS, 77])
+def test_an_extended_payload_above_the_limit_is_fatal_before_it_comes(command: int) -> None:
+    header = struct.pack(">IHHQQQ", 0x21E41C71, w.PAYLOAD_LEN, command, 1, 0, wire.MAX_PAYLOAD + 1)
+    with pytest.raises(RemoteProtocolError, match="limit"):
+        parse_extended(header)
+
+
+@pytest.mark.parametrize("magic", [0, 0x25609513, 0x6E8A278C])
+def test_an_extended_request_without_its_magic_is_fatal_after_those_before_it(magic: int) -> None:
+    requests: list[Request] = []
+    data = w.extended_request(w.READ, 0, 1) + struct.pack(">I", magic) + bytes(28)
+    with pytest.raises(RemoteProtocolError, match="magic"):
+        parse_extended_requests(data, 0, len(data), requests)
+    assert len(requests) == 1
 
 
 # request_error
@@ -198,6 +263,15 @@ def test_block_status_needs_structured_replies() -> None:
     assert request_error(WRITABLE, False, 0, w.BLOCK_STATUS, 0, 512) == EINVAL
 
 
+def test_a_payload_is_for_block_status_alone_and_only_where_it_was_offered() -> None:
+    offered = replace(WRITABLE, flags=WRITABLE.flags | TransmissionFlag.BLOCK_STATUS_PAYLOAD)
+    assert request_error(WRITABLE, True, w.PAYLOAD_LEN, w.BLOCK_STATUS, 0, 12) == EINVAL
+    assert request_error(offered, True, w.PAYLOAD_LEN | w.REQ_ONE, w.BLOCK_STATUS, 0, 12) == 0
+    assert request_error(offered, True, w.PAYLOAD_LEN, w.BLOCK_STATUS, SIZE * 2, 0) == 0  # its range is in the payload
+    for command in (w.READ, w.WRITE, w.FLUSH, w.TRIM, w.CACHE, w.WRITE_ZEROES, 77):
+        assert request_error(offered, True, w.PAYLOAD_LEN, command, 0, 512) == EINVAL
+
+
 def test_df_needs_structured_replies() -> None:
     assert request_error(WRITABLE, True, w.DF, w.READ, 0, 512) == 0
     assert request_error(WRITABLE, False, w.DF, w.READ, 0, 512) == EINVAL
@@ -238,6 +312,7 @@ def test_a_read_above_the_limit_says_so_as_its_kind_of_reply_can() -> None:
 @pytest.mark.parametrize("command", [w.TRIM, w.CACHE, w.WRITE_ZEROES, w.BLOCK_STATUS])
 def test_only_payloads_are_limited(command: int) -> None:
     assert request_error(LARGE, True, 0, command, 0, 0xFFFFFFFF) == 0
+    assert request_error(LARGE, True, 0, command, 0, LARGE.size) == 0
 
 
 # Builders
@@ -248,6 +323,9 @@ def test_replies_are_laid_out_as_the_specification_says() -> None:
     assert transmission.simple_reply(0xFFFFFFFFFFFFFFFF, 28) == w.simple(0xFFFFFFFFFFFFFFFF, 28)
     assert transmission.read_chunk_header(7, 4096, 5) + b"hello" == w.data_chunk(7, 4096, b"hello")
     assert transmission.none_chunk(7) == w.chunk(w.NONE, 7)
+    assert transmission.hole_chunk(7, 4096, 512) == w.hole_chunk(7, 4096, 512)
+    assert transmission.hole_chunk(7, 4096, 512, last=False) == w.hole_chunk(7, 4096, 512, flags=0)
+    assert transmission.read_chunk_header(7, 4096, 2, last=False) + b"ab" == w.data_chunk(7, 4096, b"ab", flags=0)
     assert transmission.error_chunk(7, 5, "no disk") == w.error_chunk(7, 5, b"no disk")
 
 
@@ -255,3 +333,12 @@ def test_an_error_text_is_cut_to_1000_bytes_between_characters() -> None:
     assert transmission.error_chunk(7, 5, "é" * 600) == w.error_chunk(7, 5, "é".encode() * 500)
     assert transmission.error_chunk(7, 5, "x" + "é" * 600) == w.error_chunk(7, 5, b"x" + "é".encode() * 499)
     assert transmission.error_chunk(7, 5, "a\0b\ud800") == w.error_chunk(7, 5, "a\ufffdb?".encode())
+
+
+def test_extended_chunks_repeat_the_offset_of_the_request() -> None:
+    cookie, layout = w.extended_cookie(7, 4096), wire.EXTENDED
+    data = transmission.read_chunk_header(cookie, 5000, 5, last=False, layout=layout) + b"hello"
+    assert data == w.extended(w.data_chunk(7, 5000, b"hello", flags=0), 4096)
+    assert transmission.hole_chunk(cookie, 5000, 9, layout=layout) == w.extended(w.hole_chunk(7, 5000, 9), 4096)
+    assert transmission.none_chunk(cookie, layout) == w.extended_chunk(w.NONE, 7, 4096)
+    assert transmission.error_chunk(cookie, 5, "no", layout) == w.extended(w.error_chunk(7, 5, b"no"), 4096)

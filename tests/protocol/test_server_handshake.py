@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import pytest
 import wirebytes as w
@@ -10,7 +11,7 @@ import wirebytes as w
 from nbdclone.errors import LocalProtocolError, RemoteProtocolError
 from nbdclone.protocol import wire
 from nbdclone.protocol.handshake import Aborted, Event, ListExports, Negotiated, OpenExport, Purpose, ServerHandshake
-from nbdclone.protocol.wire import ExportInfo, TransmissionFlag, transmission_flags
+from nbdclone.protocol.wire import ExportInfo, Mode, TransmissionFlag, transmission_flags
 
 WEB1 = ExportInfo("web1", 10 << 20, transmission_flags(False), "the first web server")
 
@@ -53,7 +54,7 @@ def test_unknown_client_flags_are_fatal(flags: int) -> None:
     assert server.next_event() is None
 
 
-@pytest.mark.parametrize("number", [0, w.PEEK_EXPORT, w.STARTTLS, 11, 12, 0xFFFFFFFF])
+@pytest.mark.parametrize("number", [0, w.PEEK_EXPORT, w.STARTTLS, 12, 0xFFFFFFFF])
 @pytest.mark.parametrize("data", [b"", bytes(1000), bytes(wire.MAX_OPTION_LENGTH)])
 def test_an_option_that_is_not_known_is_drained_and_answered_unsup(number: int, data: bytes) -> None:
     server = greeted()
@@ -62,12 +63,12 @@ def test_an_option_that_is_not_known_is_drained_and_answered_unsup(number: int, 
     assert ask(server, w.LIST) == ListExports()
 
 
-@pytest.mark.parametrize("number", [w.LIST, w.STRUCTURED_REPLY])
+@pytest.mark.parametrize("number", [w.LIST, w.STRUCTURED_REPLY, w.EXTENDED_HEADERS])
 def test_data_where_none_is_allowed_is_invalid_and_haggling_goes_on(number: int) -> None:
     server = greeted()
     assert ask(server, number, b"x") is None
     assert only_reply(server) == (number, w.INVALID)
-    assert not server.structured_replies
+    assert server.mode is Mode.SIMPLE
     assert ask(server, w.LIST) == ListExports()
 
 
@@ -166,7 +167,7 @@ def test_export_name_is_answered_by_ten_bytes_and_124_zeros_unless_agreed_otherw
     assert ask(server, w.EXPORT_NAME, b"web1") == OpenExport("web1", Purpose.EXPORT_NAME)
     server.accept_export(WEB1)
     assert server.data_to_send() == [struct.pack(">QH", WEB1.size, WEB1.flags) + bytes(padding)]
-    assert server.finished == Negotiated(WEB1, structured_replies=False)
+    assert server.finished == Negotiated(WEB1, Mode.SIMPLE)
     assert not server.closed
 
 
@@ -222,7 +223,7 @@ def test_go_answers_block_sizes_before_the_export_although_nothing_was_asked() -
         (w.GO, w.REP_INFO, w.info_export(WEB1.size, WEB1.flags)),
         (w.GO, w.ACK, b""),
     ]
-    assert server.finished == Negotiated(WEB1, structured_replies=False)
+    assert server.finished == Negotiated(WEB1, Mode.SIMPLE)
 
 
 def test_go_tells_name_and_description_when_asked_and_ignores_what_it_does_not_know() -> None:
@@ -262,8 +263,58 @@ def test_structured_replies_add_df_to_the_flags() -> None:
     flags = WEB1.flags | TransmissionFlag.SEND_DF
     assert (w.GO, w.REP_INFO, w.info_export(WEB1.size, flags)) in replies(server)
     assert server.finished is not None
-    assert server.finished.structured_replies
+    assert server.finished.mode is Mode.STRUCTURED
     assert server.finished.export.flags == flags
+
+
+# NBD_OPT_EXTENDED_HEADERS
+
+
+def test_extended_headers_add_df_to_the_flags_and_need_no_structured_replies() -> None:
+    server = greeted()
+    ask(server, w.EXTENDED_HEADERS)
+    assert only_reply(server) == (w.EXTENDED_HEADERS, w.ACK)
+    ask(server, w.GO, w.export_request(b"web1"))
+    server.accept_export(WEB1)
+    assert server.finished == Negotiated(replace(WEB1, flags=WEB1.flags | TransmissionFlag.SEND_DF), Mode.EXTENDED)
+
+
+def test_extended_headers_take_the_place_of_structured_replies_and_not_the_other_way() -> None:
+    server = greeted()
+    for number, reply in [
+        (w.STRUCTURED_REPLY, w.ACK),
+        (w.EXTENDED_HEADERS, w.ACK),
+        (w.STRUCTURED_REPLY, w.EXT_HEADER_REQD),
+        (w.EXTENDED_HEADERS, w.ACK),
+    ]:
+        ask(server, number)
+        assert only_reply(server) == (number, reply)
+    assert server.mode is Mode.EXTENDED
+
+
+def test_export_name_after_extended_headers_is_fatal() -> None:
+    server = greeted()
+    ask(server, w.EXTENDED_HEADERS)
+    server.receive_data(w.option(w.EXPORT_NAME, b"web1"))
+    with pytest.raises(RemoteProtocolError, match="EXPORT_NAME"):
+        server.next_event()
+    assert server.closed
+
+
+@pytest.mark.parametrize("mode", [w.STRUCTURED_REPLY, w.EXTENDED_HEADERS])
+@pytest.mark.parametrize("contexts", [b"base:allocation", b"base:nothing"])
+@pytest.mark.parametrize("selected_for", [b"web1", b"web2"])
+def test_a_payload_for_block_status_is_offered_with_extended_headers_and_contexts(
+    mode: int, contexts: bytes, selected_for: bytes
+) -> None:
+    server = greeted()
+    ask(server, mode)
+    ask(server, w.SET_CONTEXTS, w.context_request(selected_for, contexts))
+    ask(server, w.GO, w.export_request(b"web1"))
+    server.accept_export(WEB1)
+    assert server.finished is not None
+    offered = bool(server.finished.export.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD)
+    assert offered == (mode == w.EXTENDED_HEADERS and contexts == b"base:allocation" and selected_for == b"web1")
 
 
 def test_info_does_not_finish_and_go_afterwards_tells_the_same() -> None:

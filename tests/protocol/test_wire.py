@@ -34,8 +34,19 @@ LAYOUTS = {
     "ERROR": (32, 16),
     "ERROR_OFFSET": (64,),
     "READ_CHUNK": (32, 16, 16, 64, 32, 64),
+    "HOLE_CHUNK": (32, 16, 16, 64, 32, 64, 32),
+    # Two fields of 64 bits, cookie and offset, are one opaque field of 128.
+    "EXTENDED_REQUEST": (32, 16, 16, 128, 64),
+    "EXTENDED_REPLY": (32, 16, 16, 128, 64),
+    "EXTENDED_COOKIE": (64, 64),
+    "BLOCK_STATUS_EXT": (32, 32),
+    "DESCRIPTOR_EXT": (64, 64),
+    "STATUS_LENGTH": (64,),
+    "STATUS_CONTEXT": (32,),
+    "EXTENDED_READ_CHUNK": (32, 16, 16, 128, 64, 64),
+    "EXTENDED_HOLE_CHUNK": (32, 16, 16, 128, 64, 64, 32),
 }
-CODES = {16: "H", 32: "I", 64: "Q"}
+CODES = {16: "H", 32: "I", 64: "Q", 128: "16s"}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 from nbdclone.client import Address, Client
 from nbdclone.protocol import wire
-from nbdclone.protocol.wire import Option
+from nbdclone.protocol.wire import Mode, Option
 from nbdclone.server.server import Server
 from nbdclone.store.fs import FileSystem
 from nbdclone.store.pool import Pool
@@ -186,7 +186,10 @@ class Peer:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.reads: dict[int, int] = {}  # the lengths of the reads asked for, by their cookies
+        self.mode = Mode.SIMPLE
+        self.reads: dict[int, tuple[int, int]] = {}  # (offset, length) of the reads asked for, by their cookies
+        self.offsets: dict[int, int] = {}  # of the last requests, by their cookies
+        self.pieces: list[tuple[int, int, int]] = []  # (type, offset, length) of the chunks of the last read's reply
         self._loop = asyncio.get_running_loop()
 
     @classmethod
@@ -199,13 +202,14 @@ class Peer:
         return peer
 
     @classmethod
-    async def open(cls, server: Reachable, export: str, *, structured: bool = True, listener: int = 0) -> Self:
-        """Connect, and haggle until the export is open."""
+    async def open(
+        cls, server: Reachable, export: str, *, structured: bool = True, mode: Mode | None = None, listener: int = 0
+    ) -> Self:
+        """Connect, and haggle until the export is open. ``mode`` goes before ``structured``."""
         peer = await cls.connect(server, listener)
         try:
             await peer.greet()
-            if structured:
-                assert (await peer.ask(Option.STRUCTURED_REPLY))[-1][0] == wire.OptionReply.ACK
+            await peer.agree(Mode(structured) if mode is None else mode)
             assert (await peer.ask(Option.GO, go_data(export)))[-1][0] == wire.OptionReply.ACK
         except BaseException:
             peer.close()
@@ -251,6 +255,13 @@ class Peer:
         assert wire.GREETING.unpack(greeting) == (wire.INIT_PASSWD, wire.IHAVEOPT, 3)
         await self.send(wire.CLIENT_FLAGS.pack(flags))
 
+    async def agree(self, mode: Mode) -> None:
+        """Ask for a mode, which must be granted."""
+        self.mode = mode
+        if mode is not Mode.SIMPLE:
+            number = Option.EXTENDED_HEADERS if mode is Mode.EXTENDED else Option.STRUCTURED_REPLY
+            assert (await self.ask(number))[-1][0] == wire.OptionReply.ACK
+
     async def ask(self, number: int, data: bytes = b"") -> list[tuple[int, bytes]]:
         """Send an option; (type, data) of each reply up to the last."""
         await self.send(option(number, data))
@@ -270,31 +281,67 @@ class Peer:
         self, command: int, offset: int = 0, length: int = 0, *, cookie: int = 1, flags: int = 0, payload: bytes = b""
     ) -> bytes:
         """A request's bytes; not sent yet."""
+        self.offsets[cookie] = offset
         if command == wire.CMD_READ:
-            self.reads[cookie] = length
+            self.reads[cookie] = offset, length
         length = len(payload) or length
+        if self.mode is Mode.EXTENDED:
+            flags |= wire.CMD_FLAG_PAYLOAD_LEN if payload else 0
+            packed = wire.EXTENDED_COOKIE.pack(cookie, offset)
+            return wire.EXTENDED_REQUEST.pack(wire.EXTENDED_REQUEST_MAGIC, flags, command, packed, length) + payload
         return wire.REQUEST.pack(wire.REQUEST_MAGIC, flags, command, cookie, offset, length) + payload
 
     async def reply(self) -> Reply:
-        """The next reply, of either kind."""
+        """The next reply, of any kind; its chunks must follow one another."""
         head = await self.receive(wire.SIMPLE_REPLY.size)
         magic, error, cookie = wire.SIMPLE_REPLY.unpack(head)
         if magic == wire.SIMPLE_REPLY_MAGIC:
-            length = self.reads.pop(cookie, 0)
+            assert self.mode is not Mode.EXTENDED
+            _offset, length = self.reads.pop(cookie, (0, 0))
             return Reply(cookie, error, await self.receive(0 if error else length), False)
-        rest = await self.receive(wire.STRUCTURED_REPLY.size - len(head))
-        magic, flags, kind, cookie, length = wire.STRUCTURED_REPLY.unpack(head + rest)
-        assert (magic, flags) == (wire.STRUCTURED_REPLY_MAGIC, wire.REPLY_FLAG_DONE)
-        content = await self.receive(length)
-        asked = self.reads.pop(cookie, 0)
-        if kind == wire.REPLY_TYPE_ERROR:
-            error, size = wire.ERROR.unpack_from(content)
-            text = content[wire.ERROR.size :]
-            assert len(text) == size
-            return Reply(cookie, error, b"", True, text.decode())
-        assert kind == wire.REPLY_TYPE_OFFSET_DATA
-        assert length == asked + wire.OFFSET_DATA.size
-        return Reply(cookie, 0, content[wire.OFFSET_DATA.size :], True)
+        self.pieces = []
+        data = bytearray()
+        flags = kind = 0
+        while not flags & wire.REPLY_FLAG_DONE:
+            flags, kind, cookie, content = await self.chunk(head)
+            head = b""
+            offset, length = self.reads.get(cookie, (0, 0))
+            if kind == wire.REPLY_TYPE_ERROR:
+                assert flags & wire.REPLY_FLAG_DONE
+                self.reads.pop(cookie, None)
+                error, size = wire.ERROR.unpack_from(content)
+                text = content[wire.ERROR.size :]
+                assert len(text) == size
+                return Reply(cookie, error, b"", True, text.decode())
+            if kind == wire.REPLY_TYPE_NONE:
+                assert (flags, content, length) == (wire.REPLY_FLAG_DONE, b"", 0)
+                break
+            if kind == wire.REPLY_TYPE_OFFSET_HOLE:
+                at, size = wire.OFFSET_HOLE.unpack(content)
+                content = bytes(size)
+            else:
+                assert kind == wire.REPLY_TYPE_OFFSET_DATA
+                (at,) = wire.OFFSET_DATA.unpack_from(content)
+                content = content[wire.OFFSET_DATA.size :]
+            assert content
+            assert at == offset + len(data)  # in order, and without gaps
+            data += content
+            self.pieces.append((kind, at, len(content)))
+        _offset, length = self.reads.pop(cookie, (0, 0))
+        assert len(data) == length
+        return Reply(cookie, 0, bytes(data), True)
+
+    async def chunk(self, head: bytes = b"") -> tuple[int, int, int, bytes]:
+        """Flags, type, cookie and payload of the next chunk, which begins with ``head``."""
+        layout = wire.EXTENDED if self.mode is Mode.EXTENDED else wire.STRUCTURED
+        head += await self.receive(layout.header.size - len(head))
+        magic, flags, kind, cookie, length = layout.header.unpack(head)
+        if self.mode is Mode.EXTENDED:
+            cookie, offset = wire.EXTENDED_COOKIE.unpack(cookie)
+            assert offset == self.offsets[cookie]
+        assert magic == layout.magic
+        assert not flags & ~wire.REPLY_FLAG_DONE
+        return flags, kind, cookie, await self.receive(length)
 
     async def replies(self, count: int) -> dict[int, Reply]:
         """So many replies, by their cookies."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from serving import BASE, BASE_SIZE, MIB, Disk, Peer, connect, make_pool, serving, until
 
-from nbdclone.protocol.transmission import REQUEST_SIZE
+from nbdclone.protocol.requests import REQUEST_SIZE
 from nbdclone.protocol.wire import CMD_CACHE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES
 from nbdclone.server import session
 from nbdclone.server.buffers import MIN_BUFFER
