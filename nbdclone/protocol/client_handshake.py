@@ -13,7 +13,15 @@ from typing import Any, Final
 
 from nbdclone.errors import LocalProtocolError, RemoteProtocolError
 from nbdclone.protocol import wire
-from nbdclone.protocol.handshake import HANDSHAKE_FLAGS, Aborted, Negotiated, OptionError, parse_name
+from nbdclone.protocol.handshake import (
+    AHEAD_OF_TLS,
+    HANDSHAKE_FLAGS,
+    Aborted,
+    Negotiated,
+    OptionError,
+    StartTLS,
+    parse_name,
+)
 from nbdclone.protocol.wire import (
     CLIENT_FLAGS,
     EXPORT_NAME_REPLY,
@@ -76,7 +84,7 @@ class Refused:
     message: str
 
 
-ClientEvent = Ready | ExportList | ExportDescribed | ContextsSet | Opened | Refused | Aborted
+ClientEvent = Ready | StartTLS | ExportList | ExportDescribed | ContextsSet | Opened | Refused | Aborted
 
 
 @dataclass(slots=True)
@@ -103,14 +111,17 @@ class _Asked:
 class ClientHandshake:
     """The client's side of one handshake: one question at a time, each answered by one event.
 
-    Structured replies are asked for before ``Ready``. ``go`` falls back to NBD_OPT_EXPORT_NAME, to which
+    With ``tls``, NBD_OPT_STARTTLS is asked before all else: ``StartTLS``, or ``Refused``, and then the handshake is
+    closed. Structured replies are asked for before ``Ready``. ``go`` falls back to NBD_OPT_EXPORT_NAME, to which
     a server that has no such export answers by closing the connection.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, tls: bool = False) -> None:
         self.finished: Negotiated | None = None
         self.closed = False
         self.structured_replies = False
+        self._tls = tls
+        self._starting_tls = False
         self._received = bytearray()
         self._outgoing: list[bytes] = []
         self._server_flags: int | None = None
@@ -125,7 +136,14 @@ class ClientHandshake:
         return outgoing
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> None:
-        """Take what the server sent. Call ``next_event`` after it, until it returns None."""
+        """Take what the server sent. Call ``next_event`` after it, until it returns None.
+
+        Raises:
+            RemoteProtocolError: it was sent ahead of TLS.
+        """
+        if self._starting_tls:
+            self.closed = True
+            raise RemoteProtocolError(AHEAD_OF_TLS)
         if not self.closed:
             self._received += data
 
@@ -150,6 +168,13 @@ class ClientHandshake:
             self.closed = True
             raise
         return self._events.popleft() if self._events else None
+
+    def tls_started(self) -> None:
+        """Answer ``StartTLS``: from now on, what is received and sent goes through TLS."""
+        if not self._starting_tls:
+            raise LocalProtocolError("TLS was not agreed on")
+        self._starting_tls = False
+        self._send_option(_Asked(Option.STRUCTURED_REPLY))
 
     # What the client asks
 
@@ -237,10 +262,17 @@ class ClientHandshake:
         self._server_flags = flags & HANDSHAKE_FLAGS
         self._outgoing.append(CLIENT_FLAGS.pack(self._server_flags))
         if self._fixed_newstyle:
-            self._send_option(_Asked(Option.STRUCTURED_REPLY))
+            self._send_option(_Asked(Option.STARTTLS if self._tls else Option.STRUCTURED_REPLY))
+        elif self._tls:
+            self._refuse_tls(OptionReply.ERR_UNSUP, "the server knows only NBD_OPT_EXPORT_NAME")
         else:
             self._events.append(Ready())
         return True
+
+    def _refuse_tls(self, reply: int, message: str) -> None:
+        """There is no going on without: whoever sits in between could have refused it."""
+        self._events.append(Refused(Option.STARTTLS, reply, message))
+        self.closed = True
 
     def _take_export_name_reply(self, asked: _Asked) -> bool:
         no_zeroes = (self._server_flags or 0) & HandshakeFlag.NO_ZEROES
@@ -280,10 +312,18 @@ class ClientHandshake:
         self._asked = None
         if asked.option == Option.STRUCTURED_REPLY:
             self._events.append(Ready())
+        elif asked.option == Option.STARTTLS:
+            self._refuse_tls(reply, _text(payload))
         elif asked.option == Option.GO and reply == OptionReply.ERR_UNSUP:
             self._send_option(_Asked(Option.EXPORT_NAME, asked.name), asked.name.encode())
         else:
             self._events.append(Refused(asked.option, reply, _text(payload)))
+
+    def _on_tls_granted(self, _asked: _Asked, payload: bytes) -> None:
+        if self._received:
+            raise RemoteProtocolError(AHEAD_OF_TLS)
+        self._answer(StartTLS(), payload)
+        self._starting_tls = True
 
     def _on_structured_reply(self, _asked: _Asked, payload: bytes) -> None:
         self.structured_replies = True
@@ -359,6 +399,7 @@ class ClientHandshake:
 
 
 _CLIENT_REPLIES: Final[dict[tuple[int, int], Callable[[ClientHandshake, _Asked, bytes], None]]] = {
+    (Option.STARTTLS, OptionReply.ACK): ClientHandshake._on_tls_granted,
     (Option.STRUCTURED_REPLY, OptionReply.ACK): ClientHandshake._on_structured_reply,
     (Option.ABORT, OptionReply.ACK): ClientHandshake._on_aborted,
     (Option.LIST, OptionReply.SERVER): ClientHandshake._on_server,
