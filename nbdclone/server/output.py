@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections import deque
 from collections.abc import Callable
 from mmap import mmap
+from typing import TYPE_CHECKING
 
 from nbdclone.protocol.wire import SIMPLE_REPLY, SIMPLE_REPLY_MAGIC
 from nbdclone.server.buffers import BufferPool
+
+if TYPE_CHECKING:
+    from nbdclone.server.tls import AnySocket
 
 # The buffer in which one pass over a connection gathers its replies. All connections share it, one pass at a time.
 GATHER_SIZE = 256 << 10
@@ -35,7 +38,7 @@ class Output:
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: AnySocket,
         loop: asyncio.AbstractEventLoop,
         gather: Gather,
         buffers: BufferPool,

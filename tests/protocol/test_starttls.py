@@ -1,4 +1,4 @@
-"""NBD_OPT_STARTTLS in both roles, as far as bytes alone go: what may be asked before TLS, and what may not come ahead."""
+"""NBD_OPT_STARTTLS in both roles, in bytes alone: what may be asked before TLS, and what may not come ahead."""
 
 from __future__ import annotations
 
