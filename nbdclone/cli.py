@@ -15,7 +15,7 @@ import re
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -25,11 +25,13 @@ import typer
 
 from nbdclone import __version__
 from nbdclone.errors import NBDCloneError, UsageError
+from nbdclone.protocol.handshake import TLSMode
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from nbdclone.server.server import Server
+    from nbdclone.server.tls import ServerTLS
     from nbdclone.store.pool import BaseInfo, CloneInfo, Pool
 
 app = typer.Typer(
@@ -219,9 +221,31 @@ def serve(
     socket: Annotated[
         list[Path] | None, typer.Option("--socket", metavar="PATH", help="A Unix socket. Repeatable.")
     ] = None,
+    tls: Annotated[
+        TLSMode | None,
+        typer.Option("--tls", help="Default: required, where there are certificates or keys.", show_default=False),
+    ] = None,
+    tls_certificates: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-certificates", metavar="DIR", help="With ca-cert.pem, server-cert.pem, server-key.pem (see cert)."
+        ),
+    ] = None,
+    tls_psk: Annotated[
+        Path | None, typer.Option("--tls-psk", metavar="FILE", help="Pre-shared keys: lines username:hexkey.")
+    ] = None,
+    tls_verify_peer: Annotated[
+        bool,
+        typer.Option(
+            "--tls-verify-peer/--no-tls-verify-peer", help="Take clients with a certificate of that CA alone."
+        ),
+    ] = True,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Let other machines reach --listen without required TLS.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
 ) -> None:
-    """Serve every clone, and every base read-only, until told to stop (SIGTERM)."""
+    """Serve every clone, and every base read-only, until told to stop (SIGTERM). SIGHUP reads the TLS files again."""
     import uvloop
 
     from nbdclone.server.listen import parse_address
@@ -231,12 +255,52 @@ def serve(
         addresses = [parse_address(text) for text in listen or ([] if socket else ["127.0.0.1"])]
     except UsageError as error:
         raise typer.BadParameter(str(error), param_hint="--listen") from None
+    secured = _server_tls(tls, tls_certificates, tls_psk, tls_verify_peer)
     _raise_file_limit()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(_pool(create=True), addresses, socket or []))
+        runner.run(_serve(_pool(create=True), listen=addresses, sockets=socket or [], tls=secured, insecure=insecure))
 
 
-async def _serve(pool: Pool, addresses: Sequence[tuple[str, int]], sockets: Sequence[Path]) -> None:
+def _server_tls(mode: TLSMode | None, certificates: Path | None, psk: Path | None, verify: bool) -> ServerTLS | None:
+    from nbdclone.server.tls import ServerTLS
+
+    if certificates is not None and psk is not None:
+        raise typer.BadParameter("give --tls-certificates or --tls-psk, not both", param_hint="--tls-psk")
+    if certificates is None and psk is None:
+        if mode in (None, TLSMode.OFF):
+            return None
+        message = "it needs --tls-certificates DIR (nbdclone cert makes one) or --tls-psk FILE"
+        raise typer.BadParameter(message, param_hint="--tls")
+    if mode is TLSMode.OFF:
+        return None
+    return ServerTLS(certificates, psk=psk, required=mode is not TLSMode.ON, verify_peer=verify)
+
+
+@app.command()
+def cert(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where they are, or will be.")],
+    host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--host", metavar="NAME", help="A name or address of the server. Default: this machine's. Repeatable."
+        ),
+    ] = None,
+    client: Annotated[
+        list[str] | None,
+        typer.Option("--client", metavar="NAME", help="A client, whose files go to DIR/NAME. Repeatable."),
+    ] = None,
+    days: Annotated[int, typer.Option("--days", min=1, metavar="N", help="How long they are valid.")] = 825,
+) -> None:
+    """Make certificates for TLS: a CA, a server's, clients'. What is there already stays."""
+    from nbdclone.certificates import advice, make
+
+    made = make(directory, hosts=host or (), clients=client or (), days=days)
+    for path in made:
+        print(path)
+    print(advice(directory, client or ()))
+
+
+async def _serve(pool: Pool, **options: Any) -> None:
     from nbdclone.server.notify import sd_notify
     from nbdclone.server.server import Server
 
@@ -245,7 +309,9 @@ async def _serve(pool: Pool, addresses: Sequence[tuple[str, int]], sockets: Sequ
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     server: Server
-    async with Server(pool, listen=addresses, sockets=sockets) as server:
+    async with Server(pool, **options) as server:
+        if server.tls is not None:
+            loop.add_signal_handler(signal.SIGHUP, server.reload)
         print("nbdclone ready on", *server.uris, flush=True)
         sd_notify("READY=1")
         await stop.wait()

@@ -8,23 +8,24 @@ async with await Client.connect("nbd+unix:///web1?socket=/run/nbd.sock") as disk
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import IntEnum
 from mmap import mmap
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar, cast
-from urllib.parse import parse_qs, unquote, urlsplit
 
+from nbdclone.address import Address
+from nbdclone.credentials import client_context, psk_client_context, reason
 from nbdclone.errors import (
     ConnectionFailed,
     LocalProtocolError,
     NBDCloneError,
     ProtocolError,
     ServerRefused,
-    UsageError,
 )
 from nbdclone.protocol import wire
 from nbdclone.protocol.block_status import Descriptors, merged
@@ -38,7 +39,7 @@ from nbdclone.protocol.client_handshake import (
     Ready,
     Refused,
 )
-from nbdclone.protocol.handshake import Negotiated
+from nbdclone.protocol.handshake import Negotiated, StartTLS
 from nbdclone.protocol.pending import Completed
 from nbdclone.protocol.transmission import Buffer, ClientTransmission
 from nbdclone.protocol.wire import Command, CommandFlag, Errno, ExportInfo, Mode, OptionReply, TransmissionFlag
@@ -55,47 +56,15 @@ Names = list[str]
 Pieces = list[tuple[int, int, Buffer]]  # offset, length, payload
 Answers = list[bytes | bytearray | None]  # the data of each, where it was a read
 _Result = TypeVar("_Result")
-_Event = TypeVar("_Event", ContextsSet, ExportList, ExportDescribed, Opened, Ready)
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a server listens, and which export is meant: ``path`` of a Unix socket, or ``host`` and ``port``."""
-
-    host: str
-    port: int
-    path: str
-    export: str
-
-    @classmethod
-    def parse(cls, uri: str) -> Address:
-        """``nbd://host[:port]/export``, ``nbd+unix:///export?socket=PATH``, or a Unix socket's path alone.
-
-        Raises:
-            UsageError: it is none of these.
-        """
-        if "://" not in uri:
-            return cls("", 0, uri, "")
-        try:
-            parts = urlsplit(uri)
-            port = parts.port or wire.DEFAULT_PORT
-        except ValueError as error:
-            raise UsageError(f"{uri}: {error}") from None
-        export = unquote(parts.path.removeprefix("/"))
-        path = parse_qs(parts.query).get("socket", [""])[0]
-        if parts.scheme == "nbd" and parts.hostname:
-            return cls(parts.hostname, port, "", export)
-        if parts.scheme == "nbd+unix" and path:
-            return cls("", 0, path, export)
-        raise UsageError(f"{uri}: not nbd://HOST:PORT/EXPORT and not nbd+unix:///EXPORT?socket=PATH")
+_Event = TypeVar("_Event", ContextsSet, ExportList, ExportDescribed, Opened, Ready, StartTLS)
 
 
 class _Connection(asyncio.BufferedProtocol):
     """One connection: the protocol core between a transport and the tasks that wait for answers."""
 
-    def __init__(self, mode: Mode) -> None:
+    def __init__(self, mode: Mode, *, tls: bool) -> None:
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.handshake = ClientHandshake(mode)
+        self.handshake = ClientHandshake(mode, tls=tls)
         self.failure: NBDCloneError | None = None
         self._buffer = memoryview(mmap(-1, RECEIVE_BUFFER))  # page-aligned, which the kernel copies into faster
         self._transport: asyncio.Transport | None = None
@@ -122,7 +91,7 @@ class _Connection(asyncio.BufferedProtocol):
             self._fail(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._fail(ConnectionFailed(f"the connection was lost: {exc or 'the server closed it'}"))
+        self._fail(ConnectionFailed(f"the connection was lost: {reason(exc) if exc else 'the server closed it'}"))
         if not self.lost.done():
             self.lost.set_result(None)
 
@@ -178,10 +147,27 @@ class _Connection(asyncio.BufferedProtocol):
     def pump_handshake(self) -> None:
         """Bring out the handshake's events and what it has to send."""
         while (event := self.handshake.next_event()) is not None:
+            if isinstance(event, StartTLS):  # what comes next is OpenSSL's to judge, when it is there
+                assert self._transport is not None
+                self._transport.pause_reading()
             self._events.append(event)
             self._progress.set()
         for message in self.handshake.data_to_send():
             self._send([message])
+
+    async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
+        """Go on through TLS. Raises OSError."""
+        transport = self._transport
+        assert transport is not None
+        # Of a Unix socket nobody knows the server's name: then it is this machine's, if the context asks for one.
+        name = host or ("localhost" if context.check_hostname else None)
+        try:
+            self._transport = await asyncio.get_running_loop().start_tls(transport, self, context, server_hostname=name)
+        except BaseException:
+            transport.abort()
+            self._transport = None  # it is not this connection's any more, and will not tell it of its end
+            raise
+        self.handshake.tls_started()
 
     async def submit(
         self,
@@ -281,18 +267,19 @@ class Client:
         *,
         contexts: Collection[str] = (),
         mode: Mode = Mode.EXTENDED,
+        tls: ssl.SSLContext | None = None,
         timeout: float | None = CONNECT_TIMEOUT_S,
     ) -> Self:
         """Open an export. ``uri`` is what ``Address.parse`` takes; ``export`` goes before the name in it.
 
         ``contexts`` are metadata contexts for ``block_status``; those that the server does not have are missing
         afterwards in the client's. ``mode`` is the most to ask for: a server that does not know it agrees on less.
-        ``timeout`` is in seconds.
+        ``tls`` is how TLS is done, whatever the URI says; there is no going on without it. ``timeout`` is in seconds.
 
         Raises:
-            UsageError: no such kind of URI.
-            ServerRefused: the server has no such export, or does not give it.
-            ConnectionFailed: there is no server, or it went away.
+            UsageError: no such kind of URI, or something is wrong with the certificates that it names.
+            ServerRefused: the server has no such export, or does not give it, or does without TLS.
+            ConnectionFailed: there is no server, or it went away, or one side did not trust the other.
             RemoteProtocolError: it does not speak NBD as this client does.
         """
         address = Address.parse(uri)
@@ -307,10 +294,10 @@ class Client:
             opened = await _answer(connection, Opened, f"export {name!r}")
             return cls(connection, opened.negotiated)
 
-        return await _connect(uri, address, go, timeout, mode)
+        return await _connect(uri, address, go, tls, timeout, mode)
 
     @staticmethod
-    async def list(uri: str, *, timeout: float | None = CONNECT_TIMEOUT_S) -> Names:
+    async def list(uri: str, *, tls: ssl.SSLContext | None = None, timeout: float | None = CONNECT_TIMEOUT_S) -> Names:
         """The names of the server's exports. ``uri`` and errors as in ``connect``."""
 
         async def ask(connection: _Connection) -> Names:
@@ -319,10 +306,12 @@ class Client:
             await _say_goodbye(connection)
             return [name for name, _description in answer.exports]
 
-        return await _connect(uri, Address.parse(uri), ask, timeout)
+        return await _connect(uri, Address.parse(uri), ask, tls, timeout)
 
     @staticmethod
-    async def describe(uri: str, export: str = "", *, timeout: float | None = CONNECT_TIMEOUT_S) -> ExportInfo:
+    async def describe(
+        uri: str, export: str = "", *, tls: ssl.SSLContext | None = None, timeout: float | None = CONNECT_TIMEOUT_S
+    ) -> ExportInfo:
         """What the server tells about an export, without opening it. Arguments and errors as in ``connect``."""
         address = Address.parse(uri)
         name = export or address.export
@@ -333,7 +322,7 @@ class Client:
             await _say_goodbye(connection)
             return answer.info
 
-        return await _connect(uri, address, ask, timeout)
+        return await _connect(uri, address, ask, tls, timeout)
 
     async def __aenter__(self) -> Self:
         return self
@@ -460,21 +449,43 @@ async def _connect(
     uri: str,
     address: Address,
     ask: Callable[[_Connection], Awaitable[_Result]],
+    tls: ssl.SSLContext | None,
     timeout: float | None,
     mode: Mode = Mode.EXTENDED,
 ) -> _Result:
     """Connect and ``ask``; on any failure, cancellation included, leave nothing open."""
-    connection = _Connection(mode)
+    if tls is None and address.tls:
+        tls = _context(address)
+    connection = _Connection(mode, tls=tls is not None)
     try:
         async with asyncio.timeout(timeout):
             await _dial(connection, address)
+            if tls is not None:
+                await _answer(connection, StartTLS, uri)
+                await connection.start_tls(tls, address.host)
             await _answer(connection, Ready, uri)
             return await ask(connection)
     except BaseException as error:
         await connection.drop()
         if isinstance(error, OSError) and not isinstance(error, NBDCloneError):
-            raise ConnectionFailed(f"{uri}: {str(error) or f'no answer within {timeout} s'}") from error
+            raise ConnectionFailed(f"{uri}: {_why(error, timeout)}") from error
         raise
+
+
+def _why(error: OSError, timeout: float | None) -> str:
+    return f"no answer within {timeout} s" if isinstance(error, TimeoutError) and not str(error) else reason(error)
+
+
+def _context(address: Address) -> ssl.SSLContext:
+    """How TLS is done, as far as the URI says."""
+    if address.psk_file:
+        return psk_client_context(Path(address.psk_file), address.username)
+    context = client_context(
+        Path(address.certificates) if address.certificates else None, verify_peer=address.verify_peer
+    )
+    if address.path:
+        context.check_hostname = False  # a Unix socket has no name: the CA's word has to do
+    return context
 
 
 async def _dial(connection: _Connection, address: Address) -> None:

@@ -13,7 +13,15 @@ from typing import Any, Final
 
 from nbdclone.errors import LocalProtocolError, RemoteProtocolError
 from nbdclone.protocol import wire
-from nbdclone.protocol.handshake import HANDSHAKE_FLAGS, Aborted, Negotiated, OptionError, parse_name
+from nbdclone.protocol.handshake import (
+    AHEAD_OF_TLS,
+    HANDSHAKE_FLAGS,
+    Aborted,
+    Negotiated,
+    OptionError,
+    StartTLS,
+    parse_name,
+)
 from nbdclone.protocol.wire import (
     CLIENT_FLAGS,
     EXPORT_NAME_REPLY,
@@ -77,7 +85,7 @@ class Refused:
     message: str
 
 
-ClientEvent = Ready | ExportList | ExportDescribed | ContextsSet | Opened | Refused | Aborted
+ClientEvent = Ready | StartTLS | ExportList | ExportDescribed | ContextsSet | Opened | Refused | Aborted
 
 
 @dataclass(slots=True)
@@ -104,16 +112,19 @@ class _Asked:
 class ClientHandshake:
     """The client's side of one handshake: one question at a time, each answered by one event.
 
-    Extended headers are asked for before ``Ready``, and structured replies where the server does not have them;
-    ``wanted`` is the most to ask for, and ``mode`` what was agreed on. ``go`` falls back to NBD_OPT_EXPORT_NAME, to
-    which a server that has no such export answers by closing the connection.
+    With ``tls``, NBD_OPT_STARTTLS is asked before all else: ``StartTLS``, or ``Refused``, and then the handshake is
+    closed. Extended headers are asked for before ``Ready``, and structured replies where the server does not have
+    them; ``wanted`` is the most to ask for, and ``mode`` what was agreed on. ``go`` falls back to NBD_OPT_EXPORT_NAME,
+    to which a server that has no such export answers by closing the connection.
     """
 
-    def __init__(self, wanted: Mode = Mode.EXTENDED) -> None:
+    def __init__(self, wanted: Mode = Mode.EXTENDED, *, tls: bool = False) -> None:
         self.finished: Negotiated | None = None
         self.closed = False
         self.mode = Mode.SIMPLE
         self._wanted = wanted
+        self._tls = tls
+        self._starting_tls = False
         self._received = bytearray()
         self._outgoing: list[bytes] = []
         self._server_flags: int | None = None
@@ -128,7 +139,14 @@ class ClientHandshake:
         return outgoing
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> None:
-        """Take what the server sent. Call ``next_event`` after it, until it returns None."""
+        """Take what the server sent. Call ``next_event`` after it, until it returns None.
+
+        Raises:
+            RemoteProtocolError: it was sent ahead of TLS.
+        """
+        if self._starting_tls:
+            self.closed = True
+            raise RemoteProtocolError(AHEAD_OF_TLS)
         if not self.closed:
             self._received += data
 
@@ -153,6 +171,13 @@ class ClientHandshake:
             self.closed = True
             raise
         return self._events.popleft() if self._events else None
+
+    def tls_started(self) -> None:
+        """Answer ``StartTLS``: from now on, what is received and sent goes through TLS."""
+        if not self._starting_tls:
+            raise LocalProtocolError("TLS was not agreed on")
+        self._starting_tls = False
+        self._agree_on_mode(self._wanted)
 
     # What the client asks
 
@@ -239,7 +264,12 @@ class ClientHandshake:
         del self._received[: GREETING.size]
         self._server_flags = flags & HANDSHAKE_FLAGS
         self._outgoing.append(CLIENT_FLAGS.pack(self._server_flags))
-        self._agree_on_mode(self._wanted if self._fixed_newstyle else Mode.SIMPLE)
+        if self._tls and not self._fixed_newstyle:
+            self._refuse_tls(OptionReply.ERR_UNSUP, "the server knows only NBD_OPT_EXPORT_NAME")
+        elif self._tls:
+            self._send_option(_Asked(Option.STARTTLS))
+        else:
+            self._agree_on_mode(self._wanted if self._fixed_newstyle else Mode.SIMPLE)
         return True
 
     def _agree_on_mode(self, mode: Mode) -> None:
@@ -248,6 +278,11 @@ class ClientHandshake:
             self._events.append(Ready())
         else:
             self._send_option(_Asked(_MODE_OPTIONS[mode]))
+
+    def _refuse_tls(self, reply: int, message: str) -> None:
+        """There is no going on without: whoever sits in between could have refused it."""
+        self._events.append(Refused(Option.STARTTLS, reply, message))
+        self.closed = True
 
     def _take_export_name_reply(self, asked: _Asked) -> bool:
         no_zeroes = (self._server_flags or 0) & HandshakeFlag.NO_ZEROES
@@ -289,12 +324,20 @@ class ClientHandshake:
             self._agree_on_mode(Mode.STRUCTURED)
         elif asked.option == Option.STRUCTURED_REPLY:
             self._agree_on_mode(Mode.SIMPLE)
+        elif asked.option == Option.STARTTLS:
+            self._refuse_tls(reply, _text(payload))
         elif asked.option == Option.GO and reply == OptionReply.ERR_UNSUP:
             if self.mode is Mode.EXTENDED:
                 raise RemoteProtocolError("the server knows extended headers, but not NBD_OPT_GO")
             self._send_option(_Asked(Option.EXPORT_NAME, asked.name), asked.name.encode())
         else:
             self._events.append(Refused(asked.option, reply, _text(payload)))
+
+    def _on_tls_granted(self, _asked: _Asked, payload: bytes) -> None:
+        if self._received:
+            raise RemoteProtocolError(AHEAD_OF_TLS)
+        self._answer(StartTLS(), payload)
+        self._starting_tls = True
 
     def _on_mode(self, asked: _Asked, payload: bytes) -> None:
         self.mode = Mode.EXTENDED if asked.option == Option.EXTENDED_HEADERS else Mode.STRUCTURED
@@ -370,6 +413,7 @@ class ClientHandshake:
 
 
 _CLIENT_REPLIES: Final[dict[tuple[int, int], Callable[[ClientHandshake, _Asked, bytes], None]]] = {
+    (Option.STARTTLS, OptionReply.ACK): ClientHandshake._on_tls_granted,
     (Option.EXTENDED_HEADERS, OptionReply.ACK): ClientHandshake._on_mode,
     (Option.STRUCTURED_REPLY, OptionReply.ACK): ClientHandshake._on_mode,
     (Option.ABORT, OptionReply.ACK): ClientHandshake._on_aborted,

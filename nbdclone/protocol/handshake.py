@@ -36,6 +36,7 @@ from nbdclone.protocol.wire import (
     encode_text,
 )
 
+AHEAD_OF_TLS: Final = "bytes came ahead of the TLS handshake"
 HANDSHAKE_FLAGS: Final = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
 
 
@@ -66,7 +67,20 @@ class Aborted:
     """The client ended the negotiation. Nothing is to be answered; send what there is, and close."""
 
 
-Event = ListExports | OpenExport | Aborted
+@dataclass(frozen=True, slots=True)
+class StartTLS:
+    """NBD_OPT_STARTTLS was agreed on. Send what there is, do the TLS handshake, and say so: ``tls_started``."""
+
+
+class TLSMode(Enum):
+    """What a server does about TLS ("Server-side requirements")."""
+
+    OFF = "off"  # NOTLS
+    ON = "on"  # SELECTIVETLS without an export that insists on it: the client chooses
+    REQUIRED = "required"  # FORCEDTLS
+
+
+Event = ListExports | OpenExport | StartTLS | Aborted
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +113,12 @@ class ServerHandshake:
     ``data_to_send`` still gives, then close the connection).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tls: TLSMode = TLSMode.OFF) -> None:
         self.finished: Negotiated | None = None
         self.closed = False
         self.mode = Mode.SIMPLE
+        self._tls = tls
+        self._in_tls = False
         self._received = bytearray()
         self._outgoing = [GREETING.pack(wire.INIT_PASSWD, wire.IHAVEOPT, HANDSHAKE_FLAGS)]
         self._client_flags: int | None = None
@@ -124,13 +140,16 @@ class ServerHandshake:
         """Take what the client sent. Call ``next_event`` after it.
 
         Raises:
-            RemoteProtocolError: the client sends on and on without waiting for an answer.
+            RemoteProtocolError: the client sends on and on without waiting for an answer, or ahead of TLS.
             LocalProtocolError: the handshake has finished; this belongs to the transmission.
         """
         if self.closed:
             return
         if self.finished is not None:
             raise LocalProtocolError("the handshake has finished: these bytes belong to the transmission")
+        if isinstance(self._unanswered, StartTLS):
+            self.closed = True
+            raise RemoteProtocolError(AHEAD_OF_TLS)
         if len(self._received) + len(data) > wire.MAX_PIPELINED:
             self.closed = True
             raise RemoteProtocolError(f"more than {wire.MAX_PIPELINED} bytes were sent ahead of their answers")
@@ -163,6 +182,13 @@ class ServerHandshake:
             self.closed = True
             raise
         return None
+
+    def tls_started(self) -> None:
+        """Answer ``StartTLS``: from now on, what is received and sent goes through TLS."""
+        if not isinstance(self._unanswered, StartTLS):
+            raise LocalProtocolError("the client did not ask for TLS")
+        self._unanswered = None
+        self._in_tls = True
 
     # What the client sends
 
@@ -197,7 +223,10 @@ class ServerHandshake:
 
     def _handle(self, option: int, data: bytes) -> Event | None:
         assert self._client_flags is not None
+        insecure = self._tls is TLSMode.REQUIRED and not self._in_tls
         if option == Option.EXPORT_NAME:
+            if insecure:
+                raise RemoteProtocolError("NBD_OPT_EXPORT_NAME without TLS, which is required here")
             if self.mode is Mode.EXTENDED:
                 raise RemoteProtocolError("NBD_OPT_EXPORT_NAME after extended headers were agreed on")
             return self._on_export_name(data)
@@ -205,6 +234,8 @@ class ServerHandshake:
             raise RemoteProtocolError(f"option {option} from a client that does not speak fixed newstyle")
         handler = _SERVER_OPTIONS.get(option)
         try:
+            if insecure and option not in (Option.STARTTLS, Option.ABORT):
+                raise OptionError(OptionReply.ERR_TLS_REQD, "this server requires TLS")
             if handler is None:
                 raise OptionError(OptionReply.ERR_UNSUP, f"option {option} is not known here")
             return handler(self, option, data)
@@ -224,6 +255,21 @@ class ServerHandshake:
         self._send_reply(option, OptionReply.ACK)
         self.closed = True
         return Aborted()
+
+    def _on_start_tls(self, option: int, data: bytes) -> Event:
+        if self._tls is TLSMode.OFF:
+            raise OptionError(OptionReply.ERR_UNSUP, "this server does without TLS")
+        _refuse_data(data)
+        if self._in_tls:
+            raise OptionError(OptionReply.ERR_INVALID, "TLS was started before")
+        if self._received:  # somebody between us and the client may have put them there: CVE-2021-3716
+            raise RemoteProtocolError(AHEAD_OF_TLS)
+        # "the server MUST NOT preserve any negotiation state": a stranger may have asked for it.
+        self.mode = Mode.SIMPLE
+        self._contexts, self._contexts_export = (), ""
+        self._send_reply(option, OptionReply.ACK)
+        self._unanswered = StartTLS()
+        return self._unanswered
 
     def _on_list(self, _option: int, data: bytes) -> Event:
         _refuse_data(data)
@@ -370,6 +416,7 @@ class ServerHandshake:
 _SERVER_OPTIONS: Final[dict[int, Callable[[ServerHandshake, int, bytes], Event | None]]] = {
     Option.ABORT: ServerHandshake._on_abort,
     Option.LIST: ServerHandshake._on_list,
+    Option.STARTTLS: ServerHandshake._on_start_tls,
     Option.INFO: ServerHandshake._on_info_or_go,
     Option.GO: ServerHandshake._on_info_or_go,
     Option.STRUCTURED_REPLY: ServerHandshake._on_structured_reply,

@@ -9,11 +9,12 @@ import socket
 from typing import TYPE_CHECKING
 
 from nbdclone.errors import InvalidName, NBDCloneError, NotFound, RemoteProtocolError
-from nbdclone.protocol.handshake import ListExports, OpenExport, Purpose, ServerHandshake
+from nbdclone.protocol.handshake import ListExports, OpenExport, Purpose, ServerHandshake, StartTLS
 from nbdclone.protocol.wire import NBD_REP_ERR_POLICY, NBD_REP_ERR_UNKNOWN, ExportInfo, transmission_flags
 from nbdclone.server.errnos import describe
 from nbdclone.server.export import Export, Exports
 from nbdclone.server.session import Session
+from nbdclone.server.tls import AnySocket, TLSSocket
 
 if TYPE_CHECKING:
     from nbdclone.server.server import Server
@@ -31,7 +32,8 @@ class Connection:
     """A client's connection; ``serve`` is its whole life, and the task that runs it owns everything in it."""
 
     def __init__(self, sock: socket.socket, peer: str, exports: Exports, server: Server) -> None:
-        self._sock = sock
+        self._raw = sock
+        self._sock: AnySocket = sock  # the same, or what TLS makes of it
         self._peer = peer
         self._exports = exports
         self._server = server
@@ -81,16 +83,16 @@ class Connection:
 
     async def _linger(self) -> None:
         """Give the last replies time to arrive: closing a TCP socket that holds unread requests throws them away."""
-        if self._sock.family == socket.AF_UNIX:
+        if self._raw.family == socket.AF_UNIX:
             return
         with contextlib.suppress(OSError, TimeoutError):
             self._sock.shutdown(socket.SHUT_WR)
             async with asyncio.timeout(LINGER_S):
-                while await self._loop.sock_recv(self._sock, RECEIVE_SIZE):
+                while await self._loop.sock_recv(self._raw, RECEIVE_SIZE):
                     pass
 
     async def _serve(self) -> None:
-        handshake = ServerHandshake()
+        handshake = ServerHandshake(self._server.tls_mode)
         while handshake.finished is None:
             event = handshake.next_event()
             if isinstance(event, ListExports):
@@ -99,11 +101,14 @@ class Connection:
                 await self._answer(handshake, event)
             async with asyncio.timeout_at(self._deadline):
                 for message in handshake.data_to_send():
-                    await self._loop.sock_sendall(self._sock, message)
+                    await self._send(message)
                 if handshake.closed:
                     return
-                if event is None and handshake.finished is None:
-                    data = await self._loop.sock_recv(self._sock, RECEIVE_SIZE)
+                if isinstance(event, StartTLS):
+                    await self._start_tls()
+                    handshake.tls_started()
+                elif event is None and handshake.finished is None:
+                    data = await self._receive()
                     if not data:
                         return
                     handshake.receive_data(data)
@@ -115,6 +120,27 @@ class Connection:
         if self._drained:  # while the last option was answered
             self._session.drain()
         await self._session.serve(handshake.trailing_data())
+
+    async def _send(self, message: bytes) -> None:
+        if isinstance(self._sock, TLSSocket):
+            await self._sock.sendall(message)
+        else:
+            await self._loop.sock_sendall(self._sock, message)
+
+    async def _receive(self) -> bytes:
+        if isinstance(self._sock, TLSSocket):
+            return await self._sock.recv(RECEIVE_SIZE)
+        return await self._loop.sock_recv(self._sock, RECEIVE_SIZE)
+
+    async def _start_tls(self) -> None:
+        assert self._server.tls is not None
+        self._sock = secured = TLSSocket(self._raw, self._server.tls, self._loop)
+        try:
+            await secured.handshake()
+        except RemoteProtocolError:
+            await self._linger()  # or the client would not read the alert that says why
+            raise
+        logger.debug("%s: %s, %s", self._peer, secured.version, secured.subject or "nobody's certificate")
 
     async def _answer(self, handshake: ServerHandshake, event: OpenExport) -> None:
         """Open the export that the client names; the time that takes is not the client's."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
 from mmap import mmap
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from nbdclone.protocol.requests import Request, RequestLayout
 from nbdclone.protocol.wire import MAX_PIPELINED
 from nbdclone.server.buffers import PAGE, BufferPool
+
+if TYPE_CHECKING:
+    from nbdclone.server.tls import AnySocket
 
 # The shared receiving buffer: a Unix socket hands over about 200 KiB at once. It holds all that came with a handshake.
 RECEIVE_SIZE = PAGE + MAX_PIPELINED
@@ -58,7 +60,7 @@ class Input:
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: AnySocket,
         loop: asyncio.AbstractEventLoop,
         layout: RequestLayout,
         shared: ReceiveBuffer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import os
 import re
 import socket
@@ -44,8 +45,11 @@ def parse_address(text: str) -> tuple[str, int]:
     return match["bracketed"] or match["host"], port
 
 
-def listen_tcp(host: str, port: int) -> list[Listener]:
-    """Listen on every address of the host; port 0 takes a free one. Raises UsageError, InUse."""
+def listen_tcp(host: str, port: int, *, local_only: bool = False) -> list[Listener]:
+    """Listen on every address of the host; port 0 takes a free one. Raises UsageError, InUse.
+
+    ``local_only``: an address that other machines can reach is a UsageError.
+    """
     where = f"{host or '*'}:{port}"
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -53,6 +57,11 @@ def listen_tcp(host: str, port: int) -> list[Listener]:
         raise UsageError(f"cannot listen on {where}: {error.strerror}") from None
     except UnicodeError:
         raise UsageError(f"cannot listen on {where}: no name of a host") from None
+    if local_only and not all(_is_loopback(str(address[0])) for *_, address in found):
+        raise UsageError(
+            f"{where} can be reached from other machines, and without TLS anyone there can read and change these disks:"
+            " give --tls-certificates DIR (nbdclone cert makes one), or --insecure on a network that you trust"
+        )
     listeners: list[Listener] = []
     try:
         for family, kind, protocol, _name, address in dict.fromkeys(found):
@@ -72,6 +81,11 @@ def listen_tcp(host: str, port: int) -> list[Listener]:
             listener.close()
         raise _refusal(where, error) from None
     return listeners
+
+
+def _is_loopback(address: str) -> bool:
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
 
 
 def listen_unix(path: Path) -> Listener:

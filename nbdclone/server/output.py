@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections import deque
 from collections.abc import Callable
 from mmap import mmap
+from typing import TYPE_CHECKING
 
 from nbdclone.protocol.wire import (
     EXTENDED_REPLY,
@@ -18,6 +18,9 @@ from nbdclone.protocol.wire import (
     Cookie,
 )
 from nbdclone.server.buffers import BufferPool
+
+if TYPE_CHECKING:
+    from nbdclone.server.tls import AnySocket
 
 # The buffer in which one pass over a connection gathers its replies. All connections share it, one pass at a time.
 GATHER_SIZE = 256 << 10
@@ -45,7 +48,7 @@ class Output:
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: AnySocket,
         loop: asyncio.AbstractEventLoop,
         gather: Gather,
         buffers: BufferPool,

@@ -11,11 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from nbdclone.errors import UsageError
+from nbdclone.protocol.handshake import TLSMode
 from nbdclone.server.connection import Connection
 from nbdclone.server.export import Exports
 from nbdclone.server.listen import Listener, listen_tcp, listen_unix
 from nbdclone.server.offload import Offload
 from nbdclone.server.session import Scratch
+from nbdclone.server.tls import ServerTLS
 from nbdclone.store.pool import Pool
 
 logger = logging.getLogger("nbdclone")
@@ -40,16 +43,26 @@ class Server:
     """Serves every clone and base of a pool. An async context manager: entered, it listens; left, it has flushed.
 
     ``listen``: (host, port) pairs, port 0 for a free one. ``sockets``: paths of Unix sockets. ``uris`` says, once it
-    listens, how to reach each of them, in this order.
+    listens, how to reach each of them, in this order. ``tls``: how it does TLS; unless that is required, an address
+    that other machines reach is refused, or taken with ``insecure``.
 
     Entering raises InUse (another server has the pool; an address is taken) or UsageError.
     """
 
     def __init__(
-        self, pool: Pool, *, listen: Sequence[tuple[str, int]] = (), sockets: Sequence[str | Path] = ()
+        self,
+        pool: Pool,
+        *,
+        listen: Sequence[tuple[str, int]] = (),
+        sockets: Sequence[str | Path] = (),
+        tls: ServerTLS | None = None,
+        insecure: bool = False,
     ) -> None:
         self.pool = pool
         self.uris: list[str] = []
+        self.tls = tls
+        self.tls_mode = TLSMode.OFF if tls is None else TLSMode.REQUIRED if tls.required else TLSMode.ON
+        self._insecure = insecure
         self._listen = listen
         self._sockets = sockets
         self._listeners: list[Listener] = []
@@ -63,9 +76,10 @@ class Server:
         with contextlib.ExitStack() as held:
             held.enter_context(self.pool.served())
             self._listeners = []
+            required = self.tls_mode is TLSMode.REQUIRED
             held.callback(self._close_listeners)
             for host, port in self._listen:
-                self._listeners += listen_tcp(host, port)
+                self._listeners += listen_tcp(host, port, local_only=not (required or self._insecure))
             for path in self._sockets:
                 self._listeners.append(listen_unix(Path(path)))
             self.offload = Offload(self._loop)
@@ -76,6 +90,8 @@ class Server:
             self._held = held.pop_all()
         self._tasks = await asyncio.TaskGroup().__aenter__()
         self.uris = [listener.uri for listener in self._listeners]
+        if required:
+            self.uris = [uri.replace("nbd", "nbds", 1) for uri in self.uris]
         for listener in self._listeners:
             self._loop.add_reader(listener.sock.fileno(), self._accept, listener)
         return self
@@ -96,6 +112,17 @@ class Server:
                 abandoning.cancel()
         finally:
             self._held.close()
+
+    def reload(self) -> None:
+        """Read the files of TLS again, for the connections to come. If they are wrong, that is logged, and no more."""
+        if self.tls is None:
+            return
+        try:
+            self.tls.reload()
+        except UsageError as error:
+            logger.error("TLS goes on as it was: %s", error)
+        else:
+            logger.info("TLS: the files were read again")
 
     def _abandon(self) -> None:
         for connection in self._connections:
@@ -164,10 +191,12 @@ async def serve(
     *,
     listen: Sequence[tuple[str, int]] = (("127.0.0.1", 10809),),
     sockets: Sequence[str | Path] = (),
+    tls: ServerTLS | None = None,
+    insecure: bool = False,
     ready: Callable[[Server], None] | None = None,
 ) -> None:
     """Serve a pool until cancelled; ``ready`` is called once it listens. Raises what entering a Server raises."""
-    async with Server(pool, listen=listen, sockets=sockets) as server:
+    async with Server(pool, listen=listen, sockets=sockets, tls=tls, insecure=insecure) as server:
         if ready is not None:
             ready(server)
         await asyncio.get_running_loop().create_future()

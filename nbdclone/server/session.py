@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -61,6 +60,7 @@ from nbdclone.server.export import Export
 from nbdclone.server.input import Input, ReceiveBuffer
 from nbdclone.server.offload import Done, Offload
 from nbdclone.server.output import Gather, Output
+from nbdclone.server.tls import AnySocket, TLSInput, TLSSocket
 
 logger = logging.getLogger("nbdclone")
 
@@ -98,7 +98,7 @@ class Session:
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: AnySocket,
         peer: str,
         export: Export,
         negotiated: Negotiated,
@@ -118,7 +118,8 @@ class Session:
         self._buffers = scratch.buffers
         self._offload = offload
         self._loop = loop
-        self._input = Input(
+        receiving = TLSInput if isinstance(sock, TLSSocket) else Input
+        self._input = receiving(
             sock, loop, request_layout(mode), scratch.received, scratch.buffers, self, self._on_readable
         )
         self._output = Output(sock, loop, scratch.gather, scratch.buffers, self._on_room, self._lose)

@@ -22,8 +22,11 @@ ALLOWED = {
     "nbdclone.protocol": set(),
     "nbdclone.store": set(),
     "nbdclone.errors": set(),
-    "nbdclone.client": {"nbdclone.protocol"},
-    "nbdclone.server": {"nbdclone.protocol", "nbdclone.store"},
+    "nbdclone.address": {"nbdclone.protocol"},
+    "nbdclone.credentials": set(),
+    "nbdclone.certificates": {"nbdclone.credentials"},
+    "nbdclone.client": {"nbdclone.protocol", "nbdclone.address", "nbdclone.credentials"},
+    "nbdclone.server": {"nbdclone.protocol", "nbdclone.store", "nbdclone.credentials"},
 }
 
 

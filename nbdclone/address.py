@@ -1,0 +1,66 @@
+"""NBD URIs: where a server listens, which export is meant, and how TLS is done, after the NBD URI specification."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from nbdclone.errors import UsageError
+from nbdclone.protocol.wire import DEFAULT_PORT
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a server listens, and which export is meant: ``path`` of a Unix socket, or ``host`` and ``port``.
+
+    The rest is about TLS: whether it is to be used; a directory with certificates, or a file of pre-shared keys and the
+    name of one; whether the server has to prove who it is.
+    """
+
+    host: str
+    port: int
+    path: str
+    export: str
+    tls: bool = False
+    username: str = ""
+    certificates: str = ""
+    psk_file: str = ""
+    verify_peer: bool = True
+
+    @classmethod
+    def parse(cls, uri: str) -> Address:
+        """``nbd://host[:port]/export``, ``nbd+unix:///export?socket=PATH``, or a Unix socket's path alone.
+
+        With ``nbds`` instead of ``nbd`` through TLS; further parameters then are ``tls-certificates=DIR``,
+        ``tls-verify-peer=0``, ``tls-psk-file=FILE`` (with ``user@`` before the host), and others are ignored.
+
+        Raises:
+            UsageError: it is none of these.
+        """
+        if "://" not in uri:
+            return cls("", 0, uri, "")
+        try:
+            parts = urlsplit(uri)
+            port = parts.port or DEFAULT_PORT
+        except ValueError as error:
+            raise UsageError(f"{uri}: {error}") from None
+        given = {name: values[0] for name, values in parse_qs(parts.query).items()}
+        export = unquote(parts.path.removeprefix("/"))
+        scheme, _plus, transport = parts.scheme.partition("+")
+        path = given.get("socket", "")
+        if scheme not in ("nbd", "nbds") or not (parts.hostname if not transport else transport == "unix" and path):
+            raise UsageError(f"{uri}: not nbd://HOST:PORT/EXPORT and not nbd+unix:///EXPORT?socket=PATH")
+        verify = given.get("tls-verify-peer", "1").lower()
+        if verify not in ("0", "1", "false", "true"):
+            raise UsageError(f"{uri}: tls-verify-peer is 0 or 1")
+        return cls(
+            parts.hostname or "" if not transport else "",
+            port if not transport else 0,
+            path if transport else "",
+            export,
+            scheme == "nbds",
+            unquote(parts.username or ""),
+            given.get("tls-certificates", ""),
+            given.get("tls-psk-file", ""),
+            verify in ("1", "true"),
+        )

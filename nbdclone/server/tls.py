@@ -1,0 +1,280 @@
+"""TLS on a server's connection: what looks like a socket to the session, and decrypts and encrypts in between.
+
+The descriptor stays the server's own, and OpenSSL works on memory: one ``recv`` brings many records, and one ``send``
+takes several away, where a socket of the ``ssl`` module makes system calls for each record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from mmap import mmap
+from pathlib import Path
+from typing import TypeAlias
+
+from nbdclone.credentials import psk_server_context, reason, server_context
+from nbdclone.errors import RemoteProtocolError, UsageError
+from nbdclone.server.input import Input
+
+# How much ciphertext is received at once, and kept undecrypted at most. OpenSSL's memory for it stays with the
+# connection, a third more than this: what is gained above is lost in memory.
+CIPHERTEXT = 64 << 10
+# How much is encrypted before it is sent: what the peer does not take of it is all that is kept, and the memory of it
+# stays with the connection too. Four records of TLS.
+PLAINTEXT = 64 << 10
+RECORD = 16 << 10  # OpenSSL takes no more than this at once
+
+
+class ServerTLS:
+    """How a server does TLS: with certificates, or with pre-shared keys.
+
+    ``certificates`` is a directory with ca-cert.pem, server-cert.pem, server-key.pem and perhaps ca-crl.pem; clients
+    have to show a certificate of that CA, unless ``verify_peer`` is false. ``psk`` is a file of lines username:hexkey.
+    ``required``: no client may do without. Raises UsageError where anything in the files is wrong.
+    """
+
+    def __init__(
+        self,
+        certificates: str | Path | None = None,
+        *,
+        psk: str | Path | None = None,
+        required: bool = True,
+        verify_peer: bool = True,
+    ) -> None:
+        if (certificates is None) == (psk is None):
+            raise UsageError("TLS takes a directory of certificates, or a file of pre-shared keys")
+        self.required = required
+        self._certificates = certificates
+        self._psk = psk
+        self._verify_peer = verify_peer
+        self.context = self._load()
+        self.ciphertext = memoryview(mmap(-1, CIPHERTEXT))  # between the kernel and OpenSSL; shared by all connections
+
+    def reload(self) -> None:
+        """Read the files again, for the connections to come. Raises UsageError, and then all is as it was."""
+        self.context = self._load()
+
+    def _load(self) -> ssl.SSLContext:
+        if self._certificates is not None:
+            return server_context(Path(self._certificates), verify_peer=self._verify_peer)
+        assert self._psk is not None
+        return psk_server_context(Path(self._psk))
+
+
+class TLSSocket:
+    """A connected socket under TLS, on the server's side; it has the methods of a socket that a session uses.
+
+    ``subject`` and ``common_name`` are those of the client's certificate, where one was asked for and verified: the
+    whole name as RFC 4514 writes it, "CN=web1,O=Lab", and its CN, if it has exactly one.
+
+    What the peer may do wrong here raises OSError (ssl.SSLError is one), but in ``handshake``.
+    """
+
+    def __init__(self, sock: socket.socket, tls: ServerTLS, loop: asyncio.AbstractEventLoop) -> None:
+        self.subject = ""
+        self.common_name = ""
+        self._sock = sock
+        self._loop = loop
+        self._ciphertext = tls.ciphertext
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = tls.context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._unsent = memoryview(b"")  # ciphertext that the kernel did not take yet
+        self._ahead = 0  # how much of the next send() is in it, or was
+        self._ended = False  # the peer has said that nothing more comes, or is gone
+
+    # The handshakes, TLS's and NBD's: a coroutine waits
+
+    async def handshake(self) -> None:
+        """TLS's handshake. Raises RemoteProtocolError where it fails, OSError."""
+        while True:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                pass
+            except ssl.SSLError as error:
+                self._push_quietly()  # the alert that tells the client why
+                raise RemoteProtocolError(f"the TLS handshake failed: {reason(error)}") from None
+            else:
+                break
+            await self._send_outgoing()
+            if not await self._receive_more():
+                raise ConnectionResetError("the client went away in the TLS handshake")
+        await self._send_outgoing()
+        if self._tls.context.verify_mode == ssl.CERT_REQUIRED:
+            self._read_subject()
+
+    async def sendall(self, data: bytes) -> None:
+        for start in range(0, len(data), RECORD):
+            self._tls.write(data[start : start + RECORD])
+            await self._send_outgoing()
+
+    async def recv(self, size: int) -> bytes:
+        """Some bytes, as soon as there are any; none at the end."""
+        buffer = memoryview(bytearray(size))
+        count = 0
+        while not self._ended and not (count := self._decrypt(buffer)):
+            await self._receive_more()
+        return bytes(buffer[:count])
+
+    async def _send_outgoing(self) -> None:
+        if data := self._outgoing.read():
+            await self._loop.sock_sendall(self._sock, data)
+
+    async def _receive_more(self) -> bool:
+        data = await self._loop.sock_recv(self._sock, CIPHERTEXT)
+        self._take(data)
+        return bool(data)
+
+    def _read_subject(self) -> None:
+        from cryptography.x509 import load_der_x509_certificate
+        from cryptography.x509.oid import NameOID
+
+        shown = self._tls.getpeercert(binary_form=True)
+        try:
+            subject = load_der_x509_certificate(shown or b"").subject
+            self.subject = subject.rfc4514_string()
+            names = [str(name.value) for name in subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+        except ValueError as error:
+            raise RemoteProtocolError(f"the client's certificate cannot be read: {error}") from None
+        self.common_name = names[0] if len(names) == 1 else ""
+
+    # The transmission: nobody waits
+
+    @property
+    def version(self) -> str | None:
+        """What was agreed on: "TLSv1.3"."""
+        return self._tls.version()
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    @property
+    def pending(self) -> bool:
+        """May ``recv_into`` have something to give, whatever the descriptor says?"""
+        return self._ended or self._incoming.pending > 0 or self._tls.pending() > 0
+
+    def recv_into(self, view: memoryview) -> int:
+        """Like a socket's: what is there, 0 at the end, BlockingIOError when there is nothing yet."""
+        if not self.pending:
+            self._take(self._ciphertext[: self._sock.recv_into(self._ciphertext)])
+        count = 0 if self._ended else self._decrypt(view)
+        if not count and not self._ended:
+            raise BlockingIOError
+        return count
+
+    def send(self, view: memoryview) -> int:
+        """Like a socket's: how much of ``view`` is with the kernel now, encrypted, or BlockingIOError.
+
+        What is not has to be the beginning of the next call's ``view``: some of it may be encrypted already. That is
+        why a byte of it at least is not counted until all of its ciphertext is with the kernel.
+        """
+        self._push()
+        done, self._ahead = self._ahead, 0
+        total = len(view)
+        write = self._tls.write
+        while done < total:
+            end = min(total, done + PLAINTEXT)
+            while done < end:
+                done += write(view[done:end])
+            self._unsent = memoryview(self._outgoing.read())
+            try:
+                self._push()
+            except BlockingIOError:
+                self._ahead = 1
+                return done - 1
+        return total
+
+    def shutdown(self, how: int) -> None:
+        self._say_goodbye()
+        self._sock.shutdown(how)
+
+    def close(self) -> None:
+        self._say_goodbye()
+        self._sock.close()
+
+    def _take(self, data: bytes | memoryview) -> None:
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()
+
+    def _decrypt(self, view: memoryview) -> int:
+        """Decrypt into ``view`` as much of what was received as fits; 0 if there is no whole record."""
+        tls, incoming = self._tls, self._incoming
+        size = len(view)
+        got = 0
+        try:
+            while got < size:
+                count: int = tls.read(size - got, view[got:])  # type: ignore[assignment]
+                if not count:
+                    self._ended = True
+                    break
+                got += count
+                if not incoming.pending and not tls.pending():
+                    break
+        except ssl.SSLWantReadError:
+            pass
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            self._ended = (
+                True  # without a word of farewell: nobody is harmed, for a request that is cut short is not run
+            )
+        except ssl.SSLError:
+            self._push_quietly()
+            raise
+        if self._outgoing.pending:
+            self._push_quietly()
+        return got
+
+    def _push(self) -> None:
+        """Give the kernel the ciphertext. BlockingIOError while it does not take all."""
+        while self._unsent:
+            self._unsent = self._unsent[self._sock.send(self._unsent) :]
+
+    def _push_quietly(self) -> None:
+        """The same with what OpenSSL has to say of its own accord, as far as it goes without waiting."""
+        with contextlib.suppress(OSError):
+            self._push()
+            self._unsent = memoryview(self._outgoing.read())
+            self._push()
+
+    def _say_goodbye(self) -> None:
+        """close_notify: the peer learns that nothing was cut off."""
+        if not self._unsent:
+            with contextlib.suppress(OSError):
+                self._tls.unwrap()
+        self._push_quietly()
+
+
+AnySocket: TypeAlias = socket.socket | TLSSocket
+
+
+class TLSInput(Input):
+    """Input from a TLS socket, which may hold what its descriptor does not tell of any more."""
+
+    _again: asyncio.Handle | None = None
+
+    def start(self) -> None:
+        if not self.active:
+            super().start()
+            self._come_again()
+
+    def stop(self) -> None:
+        super().stop()
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
+
+    def receive(self) -> None:
+        super().receive()
+        self._come_again()
+
+    def _come_again(self) -> None:
+        assert isinstance(self._sock, TLSSocket)
+        if self.active and self._again is None and self._sock.pending:
+            self._again = self._loop.call_soon(self._receive_again)
+
+    def _receive_again(self) -> None:
+        self._again = None
+        self._on_readable()
