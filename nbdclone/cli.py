@@ -15,7 +15,7 @@ import re
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -219,12 +219,20 @@ def serve(
     socket: Annotated[
         list[Path] | None, typer.Option("--socket", metavar="PATH", help="A Unix socket. Repeatable.")
     ] = None,
+    max_connections: Annotated[
+        int | None, typer.Option("--max-connections", min=1, metavar="N", help="In all (default: 8192).")
+    ] = None,
+    max_connections_per_address: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="From one IP address or local user (default: half of all).")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
 ) -> None:
     """Serve every clone, and every base read-only, until told to stop (SIGTERM)."""
     import uvloop
 
+    from nbdclone.server.admission import MAX_CONNECTIONS
     from nbdclone.server.listen import parse_address
+    from nbdclone.server.server import Server
 
     logging.basicConfig(format="nbdclone: %(message)s", level=logging.DEBUG if verbose else logging.WARNING)
     try:
@@ -233,19 +241,25 @@ def serve(
         raise typer.BadParameter(str(error), param_hint="--listen") from None
     _raise_file_limit()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(_pool(create=True), addresses, socket or []))
+        server = Server(
+            _pool(create=True),
+            listen=addresses,
+            sockets=socket or [],
+            max_connections=max_connections or MAX_CONNECTIONS,
+            max_connections_per_address=max_connections_per_address,
+        )
+        runner.run(_serve(server))
 
 
-async def _serve(pool: Pool, addresses: Sequence[tuple[str, int]], sockets: Sequence[Path]) -> None:
+async def _serve(server: Server) -> None:
     from nbdclone.server.notify import sd_notify
-    from nbdclone.server.server import Server
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    server: Server
-    async with Server(pool, listen=addresses, sockets=sockets) as server:
+    loop.add_signal_handler(signal.SIGHUP, server.reload)
+    async with server:
         print("nbdclone ready on", *server.uris, flush=True)
         sd_notify("READY=1")
         await stop.wait()

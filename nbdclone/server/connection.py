@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import socket
 from typing import TYPE_CHECKING
 
-from nbdclone.errors import InvalidName, NBDCloneError, NotFound, RemoteProtocolError
+from nbdclone.errors import NBDCloneError, NotFound, RemoteProtocolError
 from nbdclone.protocol.handshake import ListExports, OpenExport, Purpose, ServerHandshake
-from nbdclone.protocol.wire import NBD_REP_ERR_POLICY, NBD_REP_ERR_UNKNOWN, ExportInfo, transmission_flags
-from nbdclone.server.errnos import describe
+from nbdclone.protocol.wire import NBD_REP_ERR_UNKNOWN, ExportInfo, transmission_flags
+from nbdclone.server.access import NotAdmitted
+from nbdclone.server.errnos import describe, refusal
 from nbdclone.server.export import Export, Exports
-from nbdclone.server.session import Session
+from nbdclone.server.peer import Peer
+from nbdclone.server.session import LOG_INTERVAL_S, Session
 
 if TYPE_CHECKING:
     from nbdclone.server.server import Server
@@ -30,7 +33,7 @@ LINGER_S = 1.0
 class Connection:
     """A client's connection; ``serve`` is its whole life, and the task that runs it owns everything in it."""
 
-    def __init__(self, sock: socket.socket, peer: str, exports: Exports, server: Server) -> None:
+    def __init__(self, sock: socket.socket, peer: Peer, exports: Exports, server: Server) -> None:
         self._sock = sock
         self._peer = peer
         self._exports = exports
@@ -40,6 +43,7 @@ class Connection:
         self._session: Session | None = None
         self._export: Export | None = None
         self._task: asyncio.Task[None] | None = None
+        self._quiet_until = 0.0
         self._drained = False  # it is the server that ends this connection
 
     async def serve(self) -> None:
@@ -94,7 +98,7 @@ class Connection:
         while handshake.finished is None:
             event = handshake.next_event()
             if isinstance(event, ListExports):
-                handshake.send_list([(name, "") for name in await self._exports.names()])
+                handshake.send_list([(name, "") for name in await self._exports.names(self._may_have)])
             elif isinstance(event, OpenExport):
                 await self._answer(handshake, event)
             async with asyncio.timeout_at(self._deadline):
@@ -120,14 +124,15 @@ class Connection:
         """Open the export that the client names; the time that takes is not the client's."""
         began = self._loop.time()
         try:
-            if not event.name:
-                raise NotFound("give an export's name: there is no default export")
-            export = await self._exports.acquire(event.name)
+            export = await self._open(event.name)
         except (NBDCloneError, OSError) as error:
-            unknown = isinstance(error, (NotFound, InvalidName))
-            if not unknown:
+            text, reply = refusal(error, event.name, self._peer)
+            if reply != NBD_REP_ERR_UNKNOWN:
                 logger.error("%s: export '%s': %s", self._peer, event.name[:100], describe(error))
-            handshake.refuse_export(describe(error), NBD_REP_ERR_UNKNOWN if unknown else NBD_REP_ERR_POLICY)
+            elif event.name and began >= self._quiet_until:
+                self._quiet_until = began + LOG_INTERVAL_S
+                logger.warning("%s: export %r: %s", self._peer, event.name[:100], describe(error))
+            handshake.refuse_export(text, reply)
         else:
             self._export = export
             clone = export.clone
@@ -136,3 +141,20 @@ class Connection:
                 self._export = None
                 await asyncio.shield(self._exports.release(export))
         self._deadline += self._loop.time() - began
+
+    async def _open(self, name: str) -> Export:
+        """Open an export, if there is one of that name and this client may have it. Raises what acquire raises."""
+        if not name:
+            raise NotFound("no name was given")
+        rule = self._server.access.refusing_rule(name, self._peer)
+        if rule is None:
+            return await self._exports.acquire(name)
+        # Who may not have it must not learn that it is there, by the time that the answer takes either: so a name that
+        # nobody has is looked for, just as if there was no such export. (Both are logged, for the same reason.)
+        with contextlib.suppress(NotFound):
+            await self._exports.acquire(secrets.token_hex(16))
+        certificate = f" (certificate: {self._peer.subject!r})" if self._peer.subject is not None else ""
+        raise NotAdmitted(f'refused by access."{rule}"{certificate}')
+
+    def _may_have(self, name: str) -> bool:
+        return self._server.access.refusing_rule(name, self._peer) is None

@@ -56,11 +56,12 @@ from nbdclone.protocol.wire import (
 )
 from nbdclone.server.block_status import block_status, largest_reply
 from nbdclone.server.buffers import MIN_BUFFER, PAGE, BufferPool
-from nbdclone.server.errnos import describe, nbd_errno
+from nbdclone.server.errnos import describe, nbd_errno, tell
 from nbdclone.server.export import Export
 from nbdclone.server.input import Input, ReceiveBuffer
 from nbdclone.server.offload import Offload
 from nbdclone.server.output import Gather, Output
+from nbdclone.server.peer import Peer
 
 logger = logging.getLogger("nbdclone")
 
@@ -96,7 +97,7 @@ class Session:
     def __init__(
         self,
         sock: socket.socket,
-        peer: str,
+        peer: Peer,
         export: Export,
         negotiated: Negotiated,
         scratch: Scratch,
@@ -404,7 +405,7 @@ class Session:
         if now >= self._quiet_until and not self._lost:
             self._quiet_until = now + LOG_INTERVAL_S
             logger.warning("%s: '%s': %s", self._peer, self._clone.name, describe(error))
-        self._reply(cookie, nbd_errno(error), describe(error))
+        self._reply(cookie, nbd_errno(error), tell(error, self._peer))
 
     def _reply(self, cookie: int, error: int, message: str = "") -> None:
         """Gather a reply without data."""
