@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import os
 import pwd
 import re
+import secrets
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nbdclone.errors import InvalidName, NotFound, UsageError
+from nbdclone.errors import InvalidName, UsageError
 from nbdclone.server.peer import Peer, Subject, parse_subject
 from nbdclone.store.pool import validate_name
 
@@ -28,10 +30,6 @@ _MAPPED = IPv6Network("::ffff:0:0/96")
 
 T = TypeVar("T")
 Network = IPv4Network | IPv6Network
-
-
-class NotAdmitted(NotFound):
-    """A rule keeps this export from this client, who is not to know that there is such an export."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +55,7 @@ class Access:
     """The rules of a pool, by the name or pattern that each was given."""
 
     def __init__(self, rules: Mapping[str, Rule] | None = None) -> None:
+        self._key = secrets.token_bytes(32)
         self._rules: dict[str, Rule] = {}
         self._patterns: list[tuple[Callable[[str], object], str, Rule]] = []
         for name, rule in (rules or {}).items():
@@ -64,6 +63,10 @@ class Access:
                 self._patterns.append((re.compile(fnmatch.translate(name)).match, name, rule))
             else:
                 self._rules[name] = rule
+
+    def decoy(self, export_name: str) -> str:
+        """A name that no export has, always the same for this one: to be looked for in its place."""
+        return hashlib.blake2b(export_name.encode(), key=self._key, digest_size=16).hexdigest()
 
     def refusing_rule(self, export_name: str, peer: Peer) -> str | None:
         """The name of a rule that keeps the export from the client; None if it may have it.
@@ -75,6 +78,12 @@ class Access:
         if export_name in self._rules:
             matching.append((export_name, self._rules[export_name]))
         return next((name for name, rule in matching if not rule.admits(peer)), None)
+
+
+def refused_by(rule: str, peer: Peer) -> str:
+    """For the log: which rule it was, and the subject as it would have to stand there."""
+    certificate = f" (certificate: {peer.subject!r})" if peer.subject is not None else ""
+    return f'refused by access."{rule}"{certificate}'
 
 
 def read_access(path: Path) -> Access:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import socket
 from typing import TYPE_CHECKING
 
-from nbdclone.errors import NBDCloneError, NotFound, RemoteProtocolError
+from nbdclone.errors import NBDCloneError, RemoteProtocolError
 from nbdclone.protocol.handshake import ListExports, OpenExport, Purpose, ServerHandshake
 from nbdclone.protocol.wire import NBD_REP_ERR_UNKNOWN, ExportInfo, transmission_flags
-from nbdclone.server.access import NotAdmitted
+from nbdclone.server.access import refused_by
 from nbdclone.server.errnos import describe, refusal
 from nbdclone.server.export import Export, Exports
 from nbdclone.server.peer import Peer
@@ -123,15 +122,16 @@ class Connection:
     async def _answer(self, handshake: ServerHandshake, event: OpenExport) -> None:
         """Open the export that the client names; the time that takes is not the client's."""
         began = self._loop.time()
+        # Who may not have it must not learn that it is there, by the time that the answer takes either: another name is
+        # looked for in its place, which nobody has, and all else is as if there was no such export.
+        access = self._server.access
+        decoy = access.decoy(event.name)
+        rule = access.refusing_rule(event.name, self._peer)
         try:
-            export = await self._open(event.name)
+            export = await self._exports.acquire(event.name if rule is None else decoy)
         except (NBDCloneError, OSError) as error:
             text, reply = refusal(error, event.name, self._peer)
-            if reply != NBD_REP_ERR_UNKNOWN:
-                logger.error("%s: export '%s': %s", self._peer, event.name[:100], describe(error))
-            elif event.name and began >= self._quiet_until:
-                self._quiet_until = began + LOG_INTERVAL_S
-                logger.warning("%s: export %r: %s", self._peer, event.name[:100], describe(error))
+            self._log_refusal(event.name, describe(error) if rule is None else refused_by(rule, self._peer), reply)
             handshake.refuse_export(text, reply)
         else:
             self._export = export
@@ -142,19 +142,13 @@ class Connection:
                 await asyncio.shield(self._exports.release(export))
         self._deadline += self._loop.time() - began
 
-    async def _open(self, name: str) -> Export:
-        """Open an export, if there is one of that name and this client may have it. Raises what acquire raises."""
-        if not name:
-            raise NotFound("no name was given")
-        rule = self._server.access.refusing_rule(name, self._peer)
-        if rule is None:
-            return await self._exports.acquire(name)
-        # Who may not have it must not learn that it is there, by the time that the answer takes either: so a name that
-        # nobody has is looked for, just as if there was no such export. (Both are logged, for the same reason.)
-        with contextlib.suppress(NotFound):
-            await self._exports.acquire(secrets.token_hex(16))
-        certificate = f" (certificate: {self._peer.subject!r})" if self._peer.subject is not None else ""
-        raise NotAdmitted(f'refused by access."{rule}"{certificate}')
+    def _log_refusal(self, name: str, reason: str, reply: int) -> None:
+        """Missing exports and those that are not for this client once in a while; all others always."""
+        if reply != NBD_REP_ERR_UNKNOWN:
+            logger.error("%s: export %r: %s", self._peer, name[:100], reason)
+        elif name and self._loop.time() >= self._quiet_until:
+            self._quiet_until = self._loop.time() + LOG_INTERVAL_S
+            logger.warning("%s: export %r: %s", self._peer, name[:100], reason)
 
     def _may_have(self, name: str) -> bool:
         return self._server.access.refusing_rule(name, self._peer) is None

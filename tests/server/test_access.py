@@ -16,11 +16,12 @@ from serving import BASE, PATIENCE_S, Peer, connect, connect_from, go_data, opti
 
 from nbdclone.client import Client
 from nbdclone.errors import ServerRefused, UsageError
-from nbdclone.protocol.wire import CMD_READ, NBD_REP_ERR_POLICY, NBD_REP_ERR_UNKNOWN, Option
+from nbdclone.protocol.wire import CMD_READ, EIO, NBD_REP_ERR_POLICY, NBD_REP_ERR_UNKNOWN, Option
 from nbdclone.server import peer as peer_module
 from nbdclone.server.access import Access, read_access
 from nbdclone.server.server import Server
 from nbdclone.store.clone import Clone
+from nbdclone.store.delta import MAP_SLOTS
 from nbdclone.store.pool import Pool
 
 TCP = ("127.0.0.1", 0)
@@ -260,6 +261,24 @@ async def test_on_a_unix_socket_the_user_counts(pool: Pool, uid: int, admitted: 
                 await connect(server, "web1")
 
 
+@pytest.mark.parametrize("subject", ["CN=web1,O=Lab", "CN=web1", None])
+async def test_the_subject_of_the_certificate_counts(
+    pool: Pool, subject: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = tcp("127.0.0.1", subject)
+    monkeypatch.setattr(peer_module.Peer, "of", lambda _sock, _address: client)
+    pool.settings_path.write_text('[access.web1]\nsubjects = ["cn=web1, o=Lab"]\n')
+    async with serving(pool, listen=[TCP]) as server:
+        if subject == "CN=web1,O=Lab":
+            async with await connect(server, "web1") as disk:
+                assert await disk.pread(512, 0) == BASE[:512]
+        else:
+            with pytest.raises(ServerRefused):
+                await connect(server, "web1")
+            certificate = f" (certificate: '{subject}')" if subject else ""
+            assert caplog.messages == [f"127.0.0.1: export 'web1': refused by access.\"web1\"{certificate}"]
+
+
 async def answers(server: Server, name: str) -> list[object]:
     """All that a client hears that asks for an export in every way; what it calls it is left out."""
     heard: list[object] = []
@@ -314,8 +333,10 @@ async def test_a_refused_client_is_answered_as_late_as_for_a_missing_export_and_
         await peer.greet()
         for name in ("web9", "web1"):
             await peer.ask(Option.GO, go_data(name))
-        (missing, thread), (decoy, same_thread) = looked_for
+            await peer.ask(Option.GO, go_data(name))
+        (missing, thread), _, (decoy, same_thread), (again, _) = looked_for
         assert missing == "web9"
+        assert decoy == again  # what the kernel knows of missing files, it knows of both kinds alike
         assert decoy not in pool.names()
         assert thread == same_thread != threading.get_ident()
 
@@ -419,6 +440,24 @@ async def test_why_an_export_cannot_be_opened_is_told_on_the_unix_socket_and_not
         assert f"{pool.path}/clones/web1/delta: truncated" in line
         with pytest.raises(ServerRefused, match=f"{pool.path}/clones/web1/delta: truncated"):
             await connect(server, "web1", 1)
+
+
+async def test_where_a_damaged_map_is_is_told_on_the_unix_socket_and_not_over_tcp(
+    pool: Pool, caplog: pytest.LogCaptureFixture
+) -> None:
+    delta = pool.path / "clones" / "web1" / "delta"
+    with open(delta, "r+b") as file:  # noqa: ASYNC230
+        for slot in MAP_SLOTS:
+            file.seek(slot)
+            file.write(b"rotten" * 100)
+    sockets = [pool.path.parent / "nbd.sock"]
+    async with serving(pool, listen=[TCP], sockets=sockets) as server:
+        async with await Peer.open(server, "web1") as stranger:
+            reply = await stranger.run(CMD_READ, 0, 512)
+            assert (reply.error, reply.message) == (EIO, "this request failed: see the server's log")
+            assert f"{delta}: both copies" in caplog.text
+        async with await Peer.open(server, "web1", listener=1) as friend:
+            assert f"{delta}: both copies" in (await friend.run(CMD_READ, 0, 512)).message
 
 
 # The pool

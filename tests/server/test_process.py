@@ -198,11 +198,11 @@ async def test_sighup_makes_it_read_the_settings_again(pool: Pool, tmp_path: Pat
 
 
 async def test_it_takes_as_many_connections_as_it_is_told(pool: Pool) -> None:
-    args = ("--listen", "127.0.0.1:0", "--max-connections", "3", "--max-connections-per-address", "1")
+    args = ("--listen", "127.0.0.1:0", "--max-connections", "4", "--max-connections-per-address", "1")
     with program(pool.path, *args) as process:
         server = SimpleNamespace(uris=ready(process))
-        peers = [await connect_from(server, f"127.0.0.{number}") for number in (1, 1, 2, 3, 4)]
-        for peer, welcome in zip(peers, [True, False, True, True, False], strict=True):
+        peers = [await connect_from(server, f"127.0.0.{number}") for number in (1, 1, 2, 3, 4, 5)]
+        for peer, welcome in zip(peers, [True, False, True, True, True, False], strict=True):
             if welcome:
                 await peer.greet()
             else:
