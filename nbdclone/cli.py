@@ -243,12 +243,20 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Let other machines reach --listen without required TLS.")
     ] = False,
+    max_connections: Annotated[
+        int | None, typer.Option("--max-connections", min=1, metavar="N", help="In all (default: 8192).")
+    ] = None,
+    max_connections_per_address: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="From one IP address or local user (default: half of all).")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
 ) -> None:
-    """Serve every clone, and every base read-only, until told to stop (SIGTERM). SIGHUP reads the TLS files again."""
+    """Serve every clone, and every base read-only, until told to stop (SIGTERM). SIGHUP: read the settings again."""
     import uvloop
 
+    from nbdclone.server.admission import MAX_CONNECTIONS
     from nbdclone.server.listen import parse_address
+    from nbdclone.server.server import Server
 
     logging.basicConfig(format="nbdclone: %(message)s", level=logging.DEBUG if verbose else logging.WARNING)
     try:
@@ -258,7 +266,16 @@ def serve(
     secured = _server_tls(tls, tls_certificates, tls_psk, tls_verify_peer)
     _raise_file_limit()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(_pool(create=True), listen=addresses, sockets=socket or [], tls=secured, insecure=insecure))
+        server = Server(
+            _pool(create=True),
+            listen=addresses,
+            sockets=socket or [],
+            tls=secured,
+            insecure=insecure,
+            max_connections=max_connections or MAX_CONNECTIONS,
+            max_connections_per_address=max_connections_per_address,
+        )
+        runner.run(_serve(server))
 
 
 def _server_tls(mode: TLSMode | None, certificates: Path | None, psk: Path | None, verify: bool) -> ServerTLS | None:
@@ -300,18 +317,15 @@ def cert(
     print(advice(directory, client or ()))
 
 
-async def _serve(pool: Pool, **options: Any) -> None:
+async def _serve(server: Server) -> None:
     from nbdclone.server.notify import sd_notify
-    from nbdclone.server.server import Server
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    server: Server
-    async with Server(pool, **options) as server:
-        if server.tls is not None:
-            loop.add_signal_handler(signal.SIGHUP, server.reload)
+    loop.add_signal_handler(signal.SIGHUP, server.reload)
+    async with server:
         print("nbdclone ready on", *server.uris, flush=True)
         sd_notify("READY=1")
         await stop.wait()

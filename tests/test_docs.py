@@ -7,11 +7,16 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nbdclone.protocol.block_status import CONTEXTS
 from nbdclone.protocol.wire import MAX_QUERIES, Command, Option
+from nbdclone.server.access import read_access
+from nbdclone.server.admission import MAX_CONNECTIONS
+from nbdclone.server.peer import Peer
+from nbdclone.server.session import LOG_INTERVAL_S
 from nbdclone.store import delta
 from nbdclone.store.clone import MAX_EXTENTS
 from nbdclone.store.layer import BITMAP_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE
@@ -102,3 +107,23 @@ def test_what_is_documented_of_the_protocol_is_what_is_spoken() -> None:
     assert all(f"`{name}`" in rows for name in names)
     assert f"up to {MAX_QUERIES} queries" in text
     assert f"at most {MAX_EXTENTS} extents" in text
+
+
+def test_the_example_of_access_is_understood_and_the_defaults_are_those_of_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pwd.getpwnam", lambda name: SimpleNamespace(pw_uid={"alice": 1001}[name]))
+    text = (DOCS / "access.md").read_text()
+    [example] = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "settings.toml").write_text(example)
+    access = read_access(tmp_path / "settings.toml")
+    assert access.refusing_rule("lab-1", Peer("unix", uid=1001)) is None
+    assert access.refusing_rule("lab-1", Peer("unix", uid=1002)) == "lab-*"
+    assert access.refusing_rule("web1", Peer("unix", uid=0, subject="CN=admin,O=Lab")) is None
+    assert access.refusing_rule("web1", Peer("unix", uid=0)) == "web1"
+    assert f"| `--max-connections N` | {MAX_CONNECTIONS} |" in text
+    assert f"at most one such line in {LOG_INTERVAL_S:.0f}\nseconds" in text
+    usage = subprocess.run(
+        [sys.executable, "-m", "nbdclone", "serve", "--help"], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert f"(default: {MAX_CONNECTIONS})" in usage.stdout

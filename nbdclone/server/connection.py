@@ -6,14 +6,17 @@ import asyncio
 import contextlib
 import logging
 import socket
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from nbdclone.errors import InvalidName, NBDCloneError, NotFound, RemoteProtocolError
+from nbdclone.errors import NBDCloneError, RemoteProtocolError
 from nbdclone.protocol.handshake import ListExports, OpenExport, Purpose, ServerHandshake, StartTLS
-from nbdclone.protocol.wire import NBD_REP_ERR_POLICY, NBD_REP_ERR_UNKNOWN, ExportInfo, transmission_flags
-from nbdclone.server.errnos import describe
+from nbdclone.protocol.wire import NBD_REP_ERR_UNKNOWN, ExportInfo, transmission_flags
+from nbdclone.server.access import refused_by
+from nbdclone.server.errnos import describe, refusal
 from nbdclone.server.export import Export, Exports
-from nbdclone.server.session import Session
+from nbdclone.server.peer import Peer
+from nbdclone.server.session import LOG_INTERVAL_S, Session
 from nbdclone.server.tls import AnySocket, TLSSocket
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ LINGER_S = 1.0
 class Connection:
     """A client's connection; ``serve`` is its whole life, and the task that runs it owns everything in it."""
 
-    def __init__(self, sock: socket.socket, peer: str, exports: Exports, server: Server) -> None:
+    def __init__(self, sock: socket.socket, peer: Peer, exports: Exports, server: Server) -> None:
         self._raw = sock
         self._sock: AnySocket = sock  # the same, or what TLS makes of it
         self._peer = peer
@@ -42,6 +45,7 @@ class Connection:
         self._session: Session | None = None
         self._export: Export | None = None
         self._task: asyncio.Task[None] | None = None
+        self._quiet_until = 0.0
         self._drained = False  # it is the server that ends this connection
 
     async def serve(self) -> None:
@@ -96,7 +100,7 @@ class Connection:
         while handshake.finished is None:
             event = handshake.next_event()
             if isinstance(event, ListExports):
-                handshake.send_list([(name, "") for name in await self._exports.names()])
+                handshake.send_list([(name, "") for name in await self._exports.names(self._may_have)])
             elif isinstance(event, OpenExport):
                 await self._answer(handshake, event)
             async with asyncio.timeout_at(self._deadline):
@@ -140,20 +144,23 @@ class Connection:
         except RemoteProtocolError:
             await self._linger()  # or the client would not read the alert that says why
             raise
+        self._peer = replace(self._peer, subject=secured.subject or None)
         logger.debug("%s: %s, %s", self._peer, secured.version, secured.subject or "nobody's certificate")
 
     async def _answer(self, handshake: ServerHandshake, event: OpenExport) -> None:
         """Open the export that the client names; the time that takes is not the client's."""
         began = self._loop.time()
+        # Who may not have it must not learn that it is there, by the time that the answer takes either: another name is
+        # looked for in its place, which nobody has, and all else is as if there was no such export.
+        access = self._server.access
+        decoy = access.decoy(event.name)
+        rule = access.refusing_rule(event.name, self._peer)
         try:
-            if not event.name:
-                raise NotFound("give an export's name: there is no default export")
-            export = await self._exports.acquire(event.name)
+            export = await self._exports.acquire(event.name if rule is None else decoy)
         except (NBDCloneError, OSError) as error:
-            unknown = isinstance(error, (NotFound, InvalidName))
-            if not unknown:
-                logger.error("%s: export '%s': %s", self._peer, event.name[:100], describe(error))
-            handshake.refuse_export(describe(error), NBD_REP_ERR_UNKNOWN if unknown else NBD_REP_ERR_POLICY)
+            text, reply = refusal(error, event.name, self._peer)
+            self._log_refusal(event.name, describe(error) if rule is None else refused_by(rule, self._peer), reply)
+            handshake.refuse_export(text, reply)
         else:
             self._export = export
             clone = export.clone
@@ -162,3 +169,14 @@ class Connection:
                 self._export = None
                 await asyncio.shield(self._exports.release(export))
         self._deadline += self._loop.time() - began
+
+    def _log_refusal(self, name: str, reason: str, reply: int) -> None:
+        """Missing exports and those that are not for this client once in a while; all others always."""
+        if reply != NBD_REP_ERR_UNKNOWN:
+            logger.error("%s: export %r: %s", self._peer, name[:100], reason)
+        elif name and self._loop.time() >= self._quiet_until:
+            self._quiet_until = self._loop.time() + LOG_INTERVAL_S
+            logger.warning("%s: export %r: %s", self._peer, name[:100], reason)
+
+    def _may_have(self, name: str) -> bool:
+        return self._server.access.refusing_rule(name, self._peer) is None

@@ -134,9 +134,9 @@ class Exports:
             except Exception as error:
                 logger.error("closing '%s': %s", name, error)
 
-    async def names(self) -> list[str]:
-        """The names of all exports there are at this moment."""
-        return await self._keeper.run(self._pool.names)
+    async def names(self, shown: Callable[[str], bool]) -> list[str]:
+        """The names of the exports there are at this moment, as far as they are to be shown."""
+        return await self._keeper.run(lambda: [name for name in self._pool.names() if shown(name)])
 
     def _open_clone(self, name: str) -> Clone:
         clone = self._pool.open_clone(name)

@@ -13,18 +13,19 @@ from types import TracebackType
 
 from nbdclone.errors import UsageError
 from nbdclone.protocol.handshake import TLSMode
+from nbdclone.server.access import Access, read_access
+from nbdclone.server.admission import MAX_CONNECTIONS, Admission
 from nbdclone.server.connection import Connection
 from nbdclone.server.export import Exports
 from nbdclone.server.listen import Listener, listen_tcp, listen_unix
 from nbdclone.server.offload import Offload
-from nbdclone.server.session import Scratch
+from nbdclone.server.peer import Peer
+from nbdclone.server.session import LOG_INTERVAL_S, Scratch
 from nbdclone.server.tls import ServerTLS
 from nbdclone.store.pool import Pool
 
 logger = logging.getLogger("nbdclone")
 
-# What one server takes on. A connection that does nothing costs a few KiB; the limit is there to be a limit.
-MAX_CONNECTIONS = 8192
 # How many connections are accepted before those that are there get their turn.
 ACCEPT_BURST = 64
 # After accept fails for want of descriptors or memory: trying again at once would only burn the processor.
@@ -44,9 +45,11 @@ class Server:
 
     ``listen``: (host, port) pairs, port 0 for a free one. ``sockets``: paths of Unix sockets. ``uris`` says, once it
     listens, how to reach each of them, in this order. ``tls``: how it does TLS; unless that is required, an address
-    that other machines reach is refused, or taken with ``insecure``.
+    that other machines reach is refused, or taken with ``insecure``. ``max_connections`` in all,
+    ``max_connections_per_address`` (default: half of that) from one IP address, or one user on Unix sockets: those
+    above it are closed at once.
 
-    Entering raises InUse (another server has the pool; an address is taken) or UsageError.
+    Entering raises InUse (another server has the pool; an address is taken) or UsageError (the pool's settings too).
     """
 
     def __init__(
@@ -57,8 +60,11 @@ class Server:
         sockets: Sequence[str | Path] = (),
         tls: ServerTLS | None = None,
         insecure: bool = False,
+        max_connections: int = MAX_CONNECTIONS,
+        max_connections_per_address: int | None = None,
     ) -> None:
         self.pool = pool
+        self.access = Access()
         self.uris: list[str] = []
         self.tls = tls
         self.tls_mode = TLSMode.OFF if tls is None else TLSMode.REQUIRED if tls.required else TLSMode.ON
@@ -67,6 +73,8 @@ class Server:
         self._sockets = sockets
         self._listeners: list[Listener] = []
         self._connections: set[Connection] = set()
+        self._admission = Admission(max_connections, max_connections_per_address)
+        self._quiet_until = 0.0
         self._held = contextlib.ExitStack()
         self._stopping = False
 
@@ -75,6 +83,7 @@ class Server:
         self.scratch = Scratch()
         with contextlib.ExitStack() as held:
             held.enter_context(self.pool.served())
+            self.access = read_access(self.pool.settings_path)
             self._listeners = []
             required = self.tls_mode is TLSMode.REQUIRED
             held.callback(self._close_listeners)
@@ -114,15 +123,16 @@ class Server:
             self._held.close()
 
     def reload(self) -> None:
-        """Read the files of TLS again, for the connections to come. If they are wrong, that is logged, and no more."""
-        if self.tls is None:
-            return
+        """Read the pool's settings and the files of TLS again, for clients to come. Bad ones are not taken."""
         try:
-            self.tls.reload()
+            self.access = read_access(self.pool.settings_path)
+        except UsageError as error:
+            logger.error("the settings stay as they were: %s", error)
+        try:
+            if self.tls is not None:
+                self.tls.reload()
         except UsageError as error:
             logger.error("TLS goes on as it was: %s", error)
-        else:
-            logger.info("TLS: the files were read again")
 
     def _abandon(self) -> None:
         for connection in self._connections:
@@ -146,19 +156,26 @@ class Server:
                     self._loop.remove_reader(listener.sock.fileno())
                     self._loop.call_later(ACCEPT_PAUSE_S, self._accept_again, listener)
                 return
-            if len(self._connections) >= MAX_CONNECTIONS:
-                logger.error("%s: refused, there are %d connections", listener.uri, MAX_CONNECTIONS)
+            peer = Peer.of(sock, address)
+            reason = self._admission.enter(peer)
+            if reason is None:
+                self._begin(sock, peer)
+            else:
                 sock.close()
-                continue
-            self._begin(sock, address)
+                self._log_refusal(listener, reason)
 
     def _accept_again(self, listener: Listener) -> None:
         if not self._stopping:
             self._loop.add_reader(listener.sock.fileno(), self._accept, listener)
 
-    def _begin(self, sock: socket.socket, address: object) -> None:
+    def _log_refusal(self, listener: Listener, reason: str) -> None:
+        now = self._loop.time()
+        if now >= self._quiet_until:
+            self._quiet_until = now + LOG_INTERVAL_S
+            logger.error("%s: a connection was refused: %s", listener.uri, reason)
+
+    def _begin(self, sock: socket.socket, peer: Peer) -> None:
         sock.setblocking(False)
-        peer = "unix"
         if sock.family == socket.AF_UNIX:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
@@ -171,19 +188,18 @@ class Server:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
                 # The same when replies are on their way, during which nothing is kept alive.
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, KEEPALIVE_S * 1000)
-            if isinstance(address, tuple):
-                peer = f"{address[0]}:{address[1]}"
         connection = Connection(sock, peer, self._exports, self)
         self._connections.add(connection)
-        self._tasks.create_task(self._serve(connection))
+        self._tasks.create_task(self._serve(connection, peer))
 
-    async def _serve(self, connection: Connection) -> None:
+    async def _serve(self, connection: Connection, peer: Peer) -> None:
         try:
             await connection.serve()
         except Exception:
             logger.exception("a defect of the server")
         finally:
             self._connections.discard(connection)
+            self._admission.leave(peer)
 
 
 async def serve(

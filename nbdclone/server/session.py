@@ -55,11 +55,12 @@ from nbdclone.protocol.wire import (
 )
 from nbdclone.server.block_status import Contexts, block_status, largest_reply
 from nbdclone.server.buffers import MIN_BUFFER, PAGE, BufferPool
-from nbdclone.server.errnos import describe, nbd_errno
+from nbdclone.server.errnos import describe, nbd_errno, tell
 from nbdclone.server.export import Export
 from nbdclone.server.input import Input, ReceiveBuffer
 from nbdclone.server.offload import Done, Offload
 from nbdclone.server.output import Gather, Output
+from nbdclone.server.peer import Peer
 from nbdclone.server.tls import AnySocket, TLSInput, TLSSocket
 
 logger = logging.getLogger("nbdclone")
@@ -99,7 +100,7 @@ class Session:
     def __init__(
         self,
         sock: AnySocket,
-        peer: str,
+        peer: Peer,
         export: Export,
         negotiated: Negotiated,
         scratch: Scratch,
@@ -453,7 +454,7 @@ class Session:
         if now >= self._quiet_until and not self._lost:
             self._quiet_until = now + LOG_INTERVAL_S
             logger.warning("%s: '%s': %s", self._peer, self._clone.name, describe(error))
-        self._reply(cookie, nbd_errno(error), describe(error))
+        self._reply(cookie, nbd_errno(error), tell(error, self._peer))
 
     def _reply(self, cookie: Cookie, error: int, message: str = "") -> None:
         """Gather the reply to a request that failed."""

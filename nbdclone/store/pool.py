@@ -2,6 +2,7 @@
 
     POOL/bases/NAME/{image,manifest,base.json}
     POOL/clones/NAME/delta
+    POOL/settings.toml   what a server of it obeys; written by people, and optional
     POOL/.lock       held for the moment in which a name appears or goes
     POOL/.server     held by the server of the pool for as long as it runs
     POOL/.tmp/       what is being made or removed; leftovers of the dead are cleared by the next who comes
@@ -41,6 +42,8 @@ from nbdclone.store.image import BaseRecord, Identity, Image, Progress
 from nbdclone.store.importing import import_image
 from nbdclone.store.layer import MAX_SIZE, MIN_SIZE, SECTOR_SIZE
 
+_SETTINGS = "settings.toml"
+_ENTRIES = {"bases", "clones", _SETTINGS, ".lock", ".server", ".tmp"}
 # Names are directory names and export names, are typed by people and pasted into URIs. '@' and '+' are kept free.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -92,6 +95,7 @@ class Pool:
         self._bases = path / "bases"
         self._clones = path / "clones"
         self._tmp = path / ".tmp"
+        self.settings_path = path / _SETTINGS
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, create: bool = False, fs: FileSystem = FILE_SYSTEM) -> Pool:
@@ -106,7 +110,7 @@ class Pool:
             raise NotFound(f"{path} is not a pool: 'nbdclone --pool {path} import FILE' makes one")
         if pool.path.exists() and not pool.path.is_dir():
             raise UsageError(f"{path} is not a directory")
-        if pool.path.is_dir() and not set(os.listdir(path)) <= {"bases", "clones", ".lock", ".server", ".tmp"}:
+        if pool.path.is_dir() and not set(os.listdir(path)) <= _ENTRIES:
             raise UsageError(f"{path} is not a pool, and not empty: give a directory of its own")
         missing = [directory for directory in (pool.path, *pool.path.parents) if not directory.exists()]
         for directory in (pool._tmp, pool._bases, pool._clones):

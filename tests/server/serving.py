@@ -355,6 +355,16 @@ class Peer:
         return await self.reply()
 
 
+async def connect_from(server: Reachable, host: str, listener: int = 0) -> Peer:
+    """Connect by TCP from another of this machine's addresses, such as 127.0.0.2."""
+    address = Address.parse(server.uris[listener])
+    sock = socket.socket(socket.AF_INET)
+    sock.setblocking(False)
+    sock.bind((host, 0))
+    await asyncio.get_running_loop().sock_connect(sock, (address.host, address.port))
+    return Peer(sock)
+
+
 def option(number: int, data: bytes = b"") -> bytes:
     return wire.OPTION.pack(wire.IHAVEOPT, number, len(data)) + data
 

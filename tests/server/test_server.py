@@ -79,15 +79,13 @@ async def test_a_server_that_cannot_listen_leaves_nothing_behind(pool: Pool, tmp
         pass
 
 
-async def test_connections_above_the_limit_are_closed_and_logged(
-    pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 3)
-    async with serving(pool) as server:
+async def test_connections_above_the_limit_are_closed_and_logged(pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
+    sockets = [pool.path.parent / "nbd.sock"]
+    async with serving(pool, sockets=sockets, max_connections=3, max_connections_per_address=3) as server:
         peers = [await Peer.open(server, "web1") for _ in range(3)]
         async with await Peer.connect(server) as peer:
             assert await peer.is_closed()
-        assert "refused, there are 3 connections" in caplog.text
+        assert "a connection was refused: uid" in caplog.text
         peers.pop().close()
         await until(lambda: len(server._connections) == 2)
         peers.append(await Peer.open(server, "web1"))

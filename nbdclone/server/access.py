@@ -1,0 +1,187 @@
+"""Who may have which export: the rules in the pool's settings file. docs/access.md says what they mean."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+import pwd
+import re
+import secrets
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nbdclone.errors import InvalidName, UsageError
+from nbdclone.server.peer import Peer, Subject, parse_subject
+from nbdclone.store.pool import validate_name
+
+# What makes a pattern of a name. None of it can be in a name.
+_PATTERN = re.compile(r"[*?\[]")
+# What a pattern may have beside wildcards and sets, or nothing would match it.
+_LITERALS = re.compile(r"[A-Za-z0-9._@-]*")
+_WILDCARDS = re.compile(r"\[!?\]?[^\]]*\]|[*?]")
+# The last uid is -1: no user.
+_MAX_UID = (1 << 32) - 2
+_MAPPED = IPv6Network("::ffff:0:0/96")
+
+T = TypeVar("T")
+Network = IPv4Network | IPv6Network
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Whom an export is for. None: not said; empty: nobody."""
+
+    subjects: frozenset[Subject] | None = None
+    networks: frozenset[Network] | None = None
+    uids: frozenset[int] | None = None
+
+    def admits(self, peer: Peer) -> bool:
+        """Both must hold: what is said of certificates, and what is said of where a client is."""
+        if self.subjects is not None and _subject(peer) not in self.subjects:
+            return False
+        if self.networks is None and self.uids is None:
+            return True
+        if peer.address is None:
+            return peer.uid in (self.uids or ())
+        return any(peer.address in network for network in self.networks or ())
+
+
+class Access:
+    """The rules of a pool, by the name or pattern that each was given."""
+
+    def __init__(self, rules: Mapping[str, Rule] | None = None) -> None:
+        self._key = secrets.token_bytes(32)
+        self._rules: dict[str, Rule] = {}
+        self._patterns: list[tuple[Callable[[str], object], str, Rule]] = []
+        for name, rule in (rules or {}).items():
+            if _PATTERN.search(name):
+                self._patterns.append((re.compile(fnmatch.translate(name)).match, name, rule))
+            else:
+                self._rules[name] = rule
+
+    def decoy(self, export_name: str) -> str:
+        """A name that no export has, always the same for this one: to be looked for in its place."""
+        return hashlib.blake2b(export_name.encode(), key=self._key, digest_size=16).hexdigest()
+
+    def refusing_rule(self, export_name: str, peer: Peer) -> str | None:
+        """The name of a rule that keeps the export from the client; None if it may have it.
+
+        All the rules that match must admit the client: so their order does not matter.
+        """
+        # All patterns are tried, always: how long this takes says nothing about the rules.
+        matching = [(name, rule) for match, name, rule in self._patterns if match(export_name)]
+        if export_name in self._rules:
+            matching.append((export_name, self._rules[export_name]))
+        return next((name for name, rule in matching if not rule.admits(peer)), None)
+
+
+def refused_by(rule: str, peer: Peer) -> str:
+    """For the log: which rule it was, and the subject as it would have to stand there."""
+    certificate = f" (certificate: {peer.subject!r})" if peer.subject is not None else ""
+    return f'refused by access."{rule}"{certificate}'
+
+
+def read_access(path: Path) -> Access:
+    """The rules in a settings file; without the file there are none. Raises UsageError: file, key, what is wrong."""
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Access()
+    except OSError as error:
+        raise UsageError(f"{path}: {os.strerror(error.errno or 0)}") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: {_in_a_line(error)}") from None
+    try:
+        _refuse_unknown(settings, ("access",), "")
+        rules = _table(settings.get("access", {}), "access")
+        return Access({name: _read_rule(name, given) for name, given in rules.items()})
+    except ValueError as error:
+        raise UsageError(f"{path}: {_in_a_line(error)}") from None
+
+
+def _read_rule(name: str, given: Any) -> Rule:
+    key = f'access."{name}"'
+    if not _PATTERN.search(name):
+        try:
+            validate_name(name)
+        except InvalidName as error:
+            raise ValueError(f"{key}: {error}") from None
+    elif not _LITERALS.fullmatch(_WILDCARDS.sub("", name)):
+        raise ValueError(f"{key}: no export has a name that matches this pattern")
+    rule = _table(given, key)
+    _refuse_unknown(rule, ("subjects", "networks", "uids"), f"{key}.")
+    if not rule:
+        raise ValueError(f"{key}: says nothing: give subjects, networks or uids")
+    return Rule(
+        _read_list(rule, key, "subjects", _read_subject),
+        _read_list(rule, key, "networks", _read_network),
+        _read_list(rule, key, "uids", _read_uid),
+    )
+
+
+def _read_list(rule: dict[str, Any], key: str, name: str, read: Callable[[Any], T]) -> frozenset[T] | None:
+    if name not in rule:
+        return None
+    if not isinstance(rule[name], list):
+        raise ValueError(f"{key}.{name}: is to be a list, in [brackets]")
+    try:
+        return frozenset(read(value) for value in rule[name])
+    except ValueError as error:
+        raise ValueError(f"{key}.{name}: {error}") from None
+
+
+def _read_subject(value: Any) -> Subject:
+    return parse_subject(_string(value))
+
+
+def _read_network(value: Any) -> Network:
+    network = ip_network(_string(value))
+    if isinstance(network, IPv6Network) and (network.subnet_of(_MAPPED) or "%" in value):
+        raise ValueError(f"{value!r}: give IPv4 networks as IPv4, and no interface")
+    return network
+
+
+def _read_uid(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not 0 <= value <= _MAX_UID:
+            raise ValueError(f"{value} is no user's number")
+        return value
+    try:
+        return pwd.getpwnam(_string(value)).pw_uid
+    except KeyError:
+        raise ValueError(f"there is no user {value!r}") from None
+
+
+def _subject(peer: Peer) -> Subject | None:
+    """A client's subject; None if it has none, or one that cannot be understood, which nobody else has either."""
+    try:
+        return parse_subject(peer.subject) if peer.subject is not None else None
+    except ValueError:
+        return None
+
+
+def _string(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is to be a string, in quotes")
+    return value
+
+
+def _table(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{key}: is to be a table")
+    return value
+
+
+def _refuse_unknown(table: dict[str, Any], known: tuple[str, ...], prefix: str) -> None:
+    for key in table:
+        if key not in known:
+            raise ValueError(f"{prefix}{key}: is not known; known here: {', '.join(known)}")
+
+
+def _in_a_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
