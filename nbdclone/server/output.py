@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 # The buffer in which one pass over a connection gathers its replies. All connections share it, one pass at a time.
 GATHER_SIZE = 256 << 10
+# Parts of a buffer wait in it if at least one in so many of its bytes is theirs: a backlog is counted by what is to be
+# sent, and must not hold much more. A buffer may be twice as long as what was asked for.
+MIN_KEPT_SHARE = 4
 
 _pack_simple_reply = SIMPLE_REPLY.pack_into
 _SIMPLE_REPLY_SIZE = SIMPLE_REPLY.size
@@ -117,6 +120,21 @@ class Output:
             self._buffers.give(buffer)
         else:
             self._wait(view[sent:], buffer)
+
+    def send_parts(self, parts: list[memoryview], buffer: mmap) -> None:
+        """Send ``parts``, which lie in ``buffer``, one after the other; the buffer goes back to the pool afterwards.
+
+        What must wait is copied where the parts are but little of the buffer, which would else be held for them.
+        """
+        self.push()
+        keep = sum(map(len, parts)) * MIN_KEPT_SHARE >= len(buffer)
+        for part in parts:
+            sent = 0 if self._waiting else self._send(part)
+            if sent < len(part) and not self._lost:
+                rest = part[sent:] if keep else memoryview(bytes(part[sent:]))
+                self._wait(rest, buffer if keep and part is parts[-1] else None)
+        if not (keep and self._waiting):  # if anything waits, the last part does
+            self._buffers.give(buffer)
 
     def close(self) -> None:
         """Drop what waits."""

@@ -26,11 +26,12 @@ from nbdclone.errors import NBDCloneError, RemoteProtocolError
 from nbdclone.protocol.block_status import parse_status_filter
 from nbdclone.protocol.handshake import Negotiated
 from nbdclone.protocol.requests import Request, request_layout
-from nbdclone.protocol.transmission import error_chunk, read_chunk_header, request_error
+from nbdclone.protocol.transmission import error_chunk, hole_chunk, read_chunk_header, request_error
 from nbdclone.protocol.wire import (
     CMD_BLOCK_STATUS,
     CMD_CACHE,
     CMD_DISC,
+    CMD_FLAG_DF,
     CMD_FLAG_FAST_ZERO,
     CMD_FLAG_FUA,
     CMD_FLAG_NO_HOLE,
@@ -45,6 +46,7 @@ from nbdclone.protocol.wire import (
     ENOTSUP,
     EXTENDED,
     OFFSET_DATA,
+    OFFSET_HOLE,
     REPLY_FLAG_DONE,
     REPLY_TYPE_OFFSET_DATA,
     SIMPLE_REPLY,
@@ -57,6 +59,7 @@ from nbdclone.server.block_status import Contexts, block_status, largest_reply
 from nbdclone.server.buffers import MIN_BUFFER, PAGE, BufferPool
 from nbdclone.server.errnos import describe, nbd_errno, tell
 from nbdclone.server.export import Export
+from nbdclone.server.holes import Run, find_holes, is_zero, lay_out
 from nbdclone.server.input import Input, ReceiveBuffer
 from nbdclone.server.offload import Done, Offload
 from nbdclone.server.output import Gather, Output
@@ -65,7 +68,8 @@ from nbdclone.server.tls import AnySocket, TLSInput, TLSSocket
 
 logger = logging.getLogger("nbdclone")
 
-# A read of more than this gets a buffer of its own, page-aligned and sent from where it is; less is gathered.
+# A read of more than this gets a buffer of its own, page-aligned and sent from where it is; less is gathered. A shorter
+# one is answered by one chunk: a hole if it is all zeros.
 GATHERED_READ = 64 << 10
 # More than this is copied in a thread: a millisecond of copying on the loop is a millisecond for everybody.
 MAX_INLINE = 1 << 20
@@ -192,9 +196,9 @@ class Session:
                 self._reply(cookie, error)
             elif command == CMD_READ:
                 if self._waiting or self._output.backlog + self._reading >= MAX_UNSENT:
-                    self._waiting.append(partial(self._read, cookie, offset, length))
+                    self._waiting.append(partial(self._read, flags, cookie, offset, length))
                 else:
-                    self._read(cookie, offset, length)
+                    self._read(flags, cookie, offset, length)
             elif command == CMD_WRITE:
                 self._write(flags, cookie, offset, buffer[payload : payload + length], None)
             elif command == CMD_DISC:
@@ -291,22 +295,28 @@ class Session:
         self._waiting.append(partial(self._tell_status, cookie, offset, length, contexts, one))
         self._start_waiting()
 
-    def _read(self, cookie: Cookie, offset: int, length: int) -> None:
+    def _read(self, flags: int, cookie: Cookie, offset: int, length: int) -> None:
         """Answer a read, on the spot if it is short or in memory."""
         header = self._read_header
         if length > GATHERED_READ:
-            self._read_large(cookie, offset, length)
+            self._read_large(flags, cookie, offset, length)
             return
         output = self._output
         at = output.reserve(header + length)
+        view = output.view[at + header : at + header + length]
         try:
-            self._clone.read_into_nowait(output.view[at + header : at + header + length], offset)
+            self._clone.read_into_nowait(view, offset)
         except BlockingIOError:
-            self._read_in_thread(cookie, offset, length)
+            self._read_in_thread(flags, cookie, offset, length)
         except (OSError, NBDCloneError) as error:
             self._fail(cookie, error)
         else:
-            if self._structured:
+            if not self._structured:
+                SIMPLE_REPLY.pack_into(output.buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
+            elif not view[0] and length > OFFSET_HOLE.size and is_zero(view):  # where it is shorter than the data
+                output.add(hole_chunk(cookie, offset, length, layout=self._layout))
+                return
+            else:
                 layout = self._layout
                 layout.read.pack_into(
                     output.buffer,
@@ -318,28 +328,39 @@ class Session:
                     OFFSET_DATA.size + length,
                     offset,
                 )
-            else:
-                SIMPLE_REPLY.pack_into(output.buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
             output.filled = at + header + length
 
-    def _read_large(self, cookie: Cookie, offset: int, length: int) -> None:
+    def _read_large(self, flags: int, cookie: Cookie, offset: int, length: int) -> None:
         if length > MAX_INLINE:
-            self._read_in_thread(cookie, offset, length)
+            self._read_in_thread(flags, cookie, offset, length)
             return
         buffer = self._buffers.take(PAGE + length)
         view = memoryview(buffer)
         try:
             self._clone.read_into_nowait(view[PAGE : PAGE + length], offset)
         except BlockingIOError:
-            self._read_in_thread(cookie, offset, length, buffer)
+            self._read_in_thread(flags, cookie, offset, length, buffer)
         except (OSError, NBDCloneError) as error:
             self._buffers.give(buffer)
             self._fail(cookie, error)
         else:
-            self._send_read(cookie, offset, length, view, buffer)
+            self._send_read(cookie, offset, length, view, buffer, self._holes(flags, view[PAGE : PAGE + length]))
 
-    def _send_read(self, cookie: Cookie, offset: int, length: int, view: memoryview, buffer: mmap) -> None:
+    def _holes(self, flags: int, view: memoryview) -> list[Run] | None:
+        """What of the data of a read is to be told as holes."""
+        if not self._structured:
+            return None
+        return find_holes(view, fragment=len(view) > GATHERED_READ and not flags & CMD_FLAG_DF)
+
+    def _send_read(
+        self, cookie: Cookie, offset: int, length: int, view: memoryview, buffer: mmap, runs: list[Run] | None
+    ) -> None:
         """Send a read whose data stand at the second page of their own buffer; the header goes right before them."""
+        if runs is not None:
+            parts, rest = lay_out(runs, view, PAGE, cookie, offset, self._layout)
+            self._output.send_parts(parts, buffer)
+            self._output.add(rest)
+            return
         start = PAGE - self._read_header
         if self._structured:
             view[start:PAGE] = read_chunk_header(cookie, offset, length, layout=self._layout)
@@ -347,7 +368,7 @@ class Session:
             SIMPLE_REPLY.pack_into(buffer, start, SIMPLE_REPLY_MAGIC, 0, cookie)
         self._output.send_owned(view[start : PAGE + length], buffer)
 
-    def _read_in_thread(self, cookie: Cookie, offset: int, length: int, buffer: mmap | None = None) -> None:
+    def _read_in_thread(self, flags: int, cookie: Cookie, offset: int, length: int, buffer: mmap | None = None) -> None:
         taken = self._buffers.take(PAGE + length) if buffer is None else buffer
         view = memoryview(taken)
         clone = self._clone
@@ -355,7 +376,12 @@ class Session:
         self._in_flight += 1
         self._reading += held
 
-        def done(_result: Any, error: BaseException | None) -> None:
+        def work() -> list[Run] | None:
+            data = view[PAGE : PAGE + length]
+            clone.read_into(data, offset)
+            return self._holes(flags, data)
+
+        def done(runs: list[Run] | None, error: BaseException | None) -> None:
             self._in_flight -= 1
             self._reading -= held
             if error is not None or self._lost:
@@ -363,10 +389,10 @@ class Session:
                 if error is not None:
                     self._fail(cookie, error)
             else:
-                self._send_read(cookie, offset, length, view, taken)
+                self._send_read(cookie, offset, length, view, taken, runs)
             self._guarded(self._resume)
 
-        self._offload.submit(lambda: clone.read_into(view[PAGE : PAGE + length], offset), done)
+        self._offload.submit(work, done)
 
     def _tell_status(self, cookie: Cookie, offset: int, length: int, contexts: Contexts, one: bool) -> None:
         clone, layout = self._clone, self._layout

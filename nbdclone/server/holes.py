@@ -1,0 +1,65 @@
+"""Reads that are zeros: told as holes, which take a few bytes on the wire and none of the client's time.
+
+What counts is the content, not what the file system knows of holes: the data are in memory anyway, and a comparison
+with zeros ends at the first byte that is none.
+"""
+
+from __future__ import annotations
+
+import re
+
+from nbdclone.protocol.transmission import hole_chunk, read_chunk_header
+from nbdclone.protocol.wire import ChunkLayout, Cookie
+
+# A long read is looked at in pieces of this size, and each that is zeros is (a part of) a hole. To tell one costs both
+# sides a system call or two and some work: with smaller ones it would not pay.
+GRAIN = 32 << 10
+
+_ZEROS = bytes(64 << 10)
+_RUN = re.compile(rb"(.)\1*", re.DOTALL)
+
+Run = tuple[bool, int, int]
+"""Zeros? And where it starts and ends, in bytes."""
+
+
+def is_zero(view: memoryview) -> bool:
+    """Is every byte of at most 64 KiB zero?"""
+    return _ZEROS.startswith(view)
+
+
+def find_holes(view: memoryview, *, fragment: bool) -> list[Run] | None:
+    """Divide ``view``, of any length but 0, into runs of zeros and of data. None: there is nothing but data.
+
+    Without ``fragment`` it is all one or the other.
+    """
+    if view[0] and (not fragment or 0 not in view[::GRAIN].tobytes()):
+        return None  # nearly all data end here
+    kinds = bytes(is_zero(view[at : at + GRAIN]) for at in range(0, len(view), GRAIN))
+    size = len(view)
+    if size % GRAIN and kinds.endswith(b"\0\1"):
+        kinds = kinds[:-1] + b"\0"  # a rest that is too short to be a hole of its own
+    if 1 not in kinds or (0 in kinds and not fragment):
+        return None
+    return [(bool(run[0][0]), run.start() * GRAIN, min(run.end() * GRAIN, size)) for run in _RUN.finditer(kinds)]
+
+
+def lay_out(
+    runs: list[Run], view: memoryview, start: int, cookie: Cookie, offset: int, layout: ChunkLayout
+) -> tuple[list[memoryview], bytes]:
+    """The reply to a read at ``offset`` whose data begin at ``start`` of ``view``: parts of ``view``, and what follows.
+
+    Headers are written over the zeros that they tell of, and before ``start``, where there must be room for a page.
+    """
+    parts: list[memoryview] = []
+    head = b""
+    for zeros, begin, end in runs:
+        last = end == runs[-1][2]
+        if zeros:
+            head += hole_chunk(cookie, offset + begin, end - begin, last=last, layout=layout)
+            continue
+        head += read_chunk_header(cookie, offset + begin, end - begin, last=last, layout=layout)
+        at = start + begin - len(head)
+        view[at : start + begin] = head
+        parts.append(view[at : start + end])
+        head = b""
+    return parts, head
