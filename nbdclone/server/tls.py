@@ -167,14 +167,15 @@ class TLSSocket:
     def send(self, view: memoryview) -> int:
         """Like a socket's: how much of ``view`` is with the kernel now, encrypted, or BlockingIOError.
 
-        What is not has to be the beginning of the next call's ``view``: some of it may be encrypted already. That is
-        why a byte of it at least is not counted until all of its ciphertext is with the kernel.
+        The rest has to be the beginning of the next call's ``view``: some of it may be encrypted already.
         """
         self._push()
+        # What was encrypted ahead counts only now, when the last of its ciphertext has gone.
         done, self._ahead = self._ahead, 0
         total = len(view)
         write = self._tls.write
         while done < total:
+            begin = done
             end = min(total, done + PLAINTEXT)
             while done < end:
                 done += write(view[done:end])
@@ -182,8 +183,8 @@ class TLSSocket:
             try:
                 self._push()
             except BlockingIOError:
-                self._ahead = 1
-                return done - 1
+                self._ahead = done - begin
+                return begin
         return total
 
     def shutdown(self, how: int) -> None:
