@@ -187,7 +187,8 @@ class Bytewise(Peer):
 
     def _whole(self, cookie: int, parts: list[tuple[int, bytes]]) -> Heard:
         offset, length = self._asked.pop(cookie)
-        data, seen = bytearray(length), bytearray(length)
+        failed = any(kind in (ERROR, ERROR_OFFSET) for kind, _payload in parts)
+        data, seen = (bytearray(0 if failed else length) for _ in range(2))
         error, text, extents = 0, "", {}
         for kind, payload in parts:
             if kind in (DATA, HOLE):
@@ -196,6 +197,7 @@ class Bytewise(Peer):
                 start = at - offset
                 assert content, "an empty chunk"
                 assert 0 <= start < start + len(content) <= length, "data that were not asked for"
+                assert not failed, "data for nothing"
                 assert not any(seen[start : start + len(content)]), "data twice"
                 data[start : start + len(content)] = content
                 seen[start : start + len(content)] = b"\1" * len(content)
