@@ -471,5 +471,4 @@ async def test_reading_of_requests_ends_at_a_bound_for_a_client_that_takes_no_re
                 await asyncio.sleep(SILENCE_S)
             else:
                 await asyncio.sleep(0)
-            # Of the shortest ones 17 bytes are enough to hold: many are taken before that is much.
-            assert taken // 28 < 2_000_000
+            assert taken < 28 * 1_000_000, "it takes and takes"
