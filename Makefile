@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test packages lint types unit integration bench powercut format clean
+.PHONY: help demo test packages lint types unit integration bench powercut traces format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p; s/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -51,6 +51,9 @@ bench: $(STAMP) ## nbdclone beside other servers; docs/benchmarks.md says how to
 powercut: $(STAMP) ## a longer campaign of simulated power cuts; docs/durability.md has the counts
 	POWERCUT_CAMPAIGNS=900 POOL_STATES_PER_STEP=300 $(BIN)/pytest -rP --timeout 3600 \
 		tests/store/test_powercut.py tests/store/test_atomic.py
+
+traces: $(STAMP) ## a longer trace of mixed requests; docs/protocol.md has what it gave
+	TRACE_BYTES=3300000000 $(BIN)/pytest -rP --timeout 3600 tests/traps/test_traces.py
 
 format: $(STAMP) ## ruff, put right
 	$(BIN)/ruff check --fix .

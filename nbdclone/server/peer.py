@@ -69,16 +69,6 @@ class Peer:
         """May it know what the server's log says? It is root or the server's own user, on this machine."""
         return self.uid is not None and self.uid in (0, os.geteuid())
 
-    @property
-    def common_name(self) -> str | None:
-        """The subject's CN, if it has exactly one."""
-        try:
-            attributes = [attribute for name in parse_subject(self.subject or "") for attribute in name]
-        except ValueError:
-            return None
-        names = [value for kind, form, value in attributes if (kind, form) == ("CN", "=")]
-        return names[0] if len(names) == 1 else None
-
 
 @lru_cache(maxsize=1024)
 def parse_subject(text: str) -> Subject:

@@ -45,6 +45,7 @@ from nbdclone.protocol.wire import (
     EINVAL,
     ENOTSUP,
     EXTENDED,
+    MAX_PAYLOAD,
     OFFSET_DATA,
     OFFSET_HOLE,
     REPLY_FLAG_DONE,
@@ -83,7 +84,8 @@ MAX_UNSENT = 8 << 20
 MAX_HELD_WRITES = 16 << 20  # bytes of payload that wait for threads
 MAX_IN_FLIGHT = 1024  # requests that threads work on or will: the kernel's client has 128 at most
 MAX_WAITING = 1024  # reads and questions that wait for room
-MAX_BACKLOG = 12 << 20  # bytes of replies that the client does not take: more than reads alone can make it
+# Bytes of replies that the client does not take: more than reads alone can make it, the longest being the last of them.
+MAX_BACKLOG = MAX_UNSENT + MAX_PAYLOAD + (4 << 20)
 MAX_PIECES = 4096  # the same, in pieces: each has its own small cost
 # A full disk fails thousands of requests a second; the log says it once in this time for each connection.
 LOG_INTERVAL_S = 5.0

@@ -66,15 +66,14 @@ class ServerTLS:
 class TLSSocket:
     """A connected socket under TLS, on the server's side; it has the methods of a socket that a session uses.
 
-    ``subject`` and ``common_name`` are those of the client's certificate, where one was asked for and verified: the
-    whole name as RFC 4514 writes it, "CN=web1,O=Lab", and its CN, if it has exactly one.
+    ``subject`` is that of the client's certificate, where one was asked for and verified, as RFC 4514 writes it:
+    "CN=web1,O=Lab".
 
     What the peer may do wrong here raises OSError (ssl.SSLError is one), but in ``handshake``.
     """
 
     def __init__(self, sock: socket.socket, tls: ServerTLS, loop: asyncio.AbstractEventLoop) -> None:
         self.subject = ""
-        self.common_name = ""
         self._sock = sock
         self._loop = loop
         self._ciphertext = tls.ciphertext
@@ -129,16 +128,13 @@ class TLSSocket:
 
     def _read_subject(self) -> None:
         from cryptography.x509 import load_der_x509_certificate
-        from cryptography.x509.oid import NameOID
 
         shown = self._tls.getpeercert(binary_form=True)
         try:
             subject = load_der_x509_certificate(shown or b"").subject
             self.subject = subject.rfc4514_string()
-            names = [str(name.value) for name in subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-        except ValueError as error:
+            except ValueError as error:
             raise RemoteProtocolError(f"the client's certificate cannot be read: {error}") from None
-        self.common_name = names[0] if len(names) == 1 else ""
 
     # The transmission: nobody waits
 

@@ -55,25 +55,6 @@ def test_root_and_the_servers_own_user_are_trusted_and_nobody_else(peer: Peer, t
 
 
 @pytest.mark.parametrize(
-    ("subject", "name"),
-    [
-        (None, None),
-        ("", None),
-        ("O=Lab", None),
-        ("CN=web1,O=Lab", "web1"),
-        ("O=Lab,cn=web1", "web1"),
-        (r"CN=a\,CN\=web1,O=Lab", "a,CN=web1"),
-        ("CN=web1,CN=web2", None),
-        ("CN=web1+CN=web2", None),
-        ("CN=#0c0477656231", None),
-        ("not a subject", None),
-    ],
-)
-def test_the_common_name_is_the_one_cn(subject: str | None, name: str | None) -> None:
-    assert Peer("", subject=subject).common_name == name
-
-
-@pytest.mark.parametrize(
     ("one", "other"),
     [
         ("CN=web1,O=Lab", "cn=web1, o = Lab"),

@@ -1,0 +1,25 @@
+"""The traps stand on a whole server, on the event loop that it is used with."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import uvloop
+from serving import BASE, CLONES, make_pool
+
+from nbdclone.store.pool import Pool
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Pool:
+    """One base of random bytes, and clones of it."""
+    return make_pool(tmp_path, BASE, *CLONES)
