@@ -133,7 +133,7 @@ class TLSSocket:
         try:
             subject = load_der_x509_certificate(shown or b"").subject
             self.subject = subject.rfc4514_string()
-            except ValueError as error:
+        except ValueError as error:
             raise RemoteProtocolError(f"the client's certificate cannot be read: {error}") from None
 
     # The transmission: nobody waits
