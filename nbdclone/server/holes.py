@@ -32,9 +32,10 @@ def find_holes(view: memoryview, *, fragment: bool) -> list[Run] | None:
 
     Without ``fragment`` it is all one or the other.
     """
-    if view[0] and (not fragment or 0 not in view[::GRAIN].tobytes()):
+    firsts = view[::GRAIN].tobytes()
+    if 0 not in firsts or (any(firsts) and not fragment):
         return None  # nearly all data end here
-    kinds = bytes(is_zero(view[at : at + GRAIN]) for at in range(0, len(view), GRAIN))
+    kinds = bytes(not first and is_zero(view[at * GRAIN : (at + 1) * GRAIN]) for at, first in enumerate(firsts))
     size = len(view)
     if size % GRAIN and kinds.endswith(b"\0\1"):
         kinds = kinds[:-1] + b"\0"  # a rest that is too short to be a hole of its own

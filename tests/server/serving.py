@@ -83,8 +83,8 @@ def where(server: Server, export: str, listener: int = 0) -> str:
     return f"{before}{export}{mark}{after}" if mark else f"{before}/{export}"
 
 
-async def connect(server: Server, export: str, listener: int = 0) -> Client:
-    return await Client.connect(where(server, export, listener))
+async def connect(server: Server, export: str, listener: int = 0, mode: Mode = Mode.EXTENDED) -> Client:
+    return await Client.connect(where(server, export, listener), mode=mode)
 
 
 async def until(condition: Callable[[], bool], what: Callable[[], str] = lambda: "it never came true") -> None:

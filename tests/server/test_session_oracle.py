@@ -11,7 +11,7 @@ import pytest
 from serving import MIB, Peer, connect, make_pool, serving, where
 
 from nbdclone.client import Client
-from nbdclone.protocol.wire import CMD_FLAG_FUA, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES
+from nbdclone.protocol.wire import CMD_FLAG_FUA, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, Mode
 from nbdclone.store.layer import SEGMENT_SIZE
 
 # No whole number of blocks: its end lies within one, and within what the clones are made to touch.
@@ -72,7 +72,7 @@ async def test_many_connections_at_once_leave_what_a_bytearray_holds(tmp_path: P
     # The connections' parts meet within blocks: neighbours share them.
     seams = [0, *sorted(rng.sample(range(1, WINDOW), CONNECTIONS - 1)), WINDOW]
     async with serving(pool, listen=[("127.0.0.1", 0)], sockets=[tmp_path / "nbd.sock"]) as server:
-        clients = [await connect(server, "web1", number % 2) for number in range(CONNECTIONS)]
+        clients = [await connect(server, "web1", number % 2, Mode(number % 3)) for number in range(CONNECTIONS)]
         await asyncio.gather(
             *[
                 work(client, random.Random(rng.random()), expected, origin, start, end)
@@ -93,15 +93,15 @@ async def test_many_connections_at_once_leave_what_a_bytearray_holds(tmp_path: P
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("structured", [True, False], ids=["structured", "simple"])
+@pytest.mark.parametrize("mode", Mode, ids=lambda mode: mode.name.lower())
 async def test_pipelined_requests_that_overlap_take_effect_in_their_order(
-    tmp_path: Path, seed: int, structured: bool
+    tmp_path: Path, seed: int, mode: Mode
 ) -> None:
     # The protocol promises no order, so each request waits for those that it overlaps; the others it overtakes.
     pool = make_pool(tmp_path, IMAGE, "web1", size=SIZE)
     rng = random.Random(seed)
     expected = initial(0)
-    async with serving(pool) as server, await Peer.open(server, "web1", structured=structured) as peer:
+    async with serving(pool) as server, await Peer.open(server, "web1", mode=mode) as peer:
         in_flight: dict[int, tuple[int, int, bytes | None]] = {}
 
         async def hear() -> None:
