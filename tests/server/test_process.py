@@ -144,7 +144,7 @@ def test_where_it_cannot_listen_it_says_so_in_a_line(pool: Pool, tmp_path: Path)
             pool.path, "--listen", f"127.0.0.1:{port}"
         )
     assert "cannot listen on 192.0.2.1:0: Cannot assign requested address" in refused(
-        pool.path, "--listen", "192.0.2.1:0"
+        pool.path, "--insecure", "--listen", "192.0.2.1:0"
     )
     assert "AF_UNIX path too long" in refused(pool.path, "--socket", tmp_path / ("x" * 120))
     assert "No such file or directory" in refused(pool.path, "--socket", tmp_path / "missing" / "sock")
