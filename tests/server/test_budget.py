@@ -110,6 +110,16 @@ async def test_who_waits_and_ends_is_not_waited_for(budget: Budget) -> None:
     await until(lambda: late.account.held == 900)
 
 
+async def test_the_shares_of_those_who_stay_grow_when_others_end(budget: Budget) -> None:
+    others = [Greedy(budget) for _ in range(9)]
+    Greedy(budget, LIMIT)
+    late = Greedy(budget, 150)
+    for other in others:
+        assert late.account.held == 0
+        other.abandon()
+    await until(lambda: late.account.held == 150)
+
+
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STALL_S", 0.05)
