@@ -18,7 +18,7 @@ class QuietLog:
         self._quiet_until: dict[str, float] = {}
         self._unsaid: dict[str, int] = {}
 
-    def warning(self, kind: str, message: str, *args: object) -> None:
+    def say(self, kind: str, message: str, *args: object) -> None:
         """Log a warning, unless one of this ``kind`` was logged a moment ago."""
         now = self._clock()
         if now < self._quiet_until.get(kind, now):
