@@ -13,17 +13,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from typing import Protocol
 
 logger = logging.getLogger("nbdclone")
 
-# Enough for a hundred busy clients that read at full depth in large pieces; idle ones hold nothing.
+# Enough for a hundred busy clients that read at full depth in large pieces; idle ones hold nothing. A small machine
+# gives a quarter of what it has.
 MAX_MEMORY = 1 << 30
+MACHINE_SHARE = 4
 # The largest request must fit, with its reply, beside others.
 MIN_MEMORY = 256 << 20
 # How long a peer may leave its replies, or a payload that it began to send, where they are, while others wait.
-STALL_S = 10.0
+STALL_S = 20.0
 CHECK_INTERVAL_S = 1.0
+
+
+def default_memory() -> int:
+    """What a server lends to its clients if nobody says, in bytes."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(MIN_MEMORY, min(MAX_MEMORY, machine // MACHINE_SHARE))
 
 
 class Borrower(Protocol):
@@ -35,7 +44,7 @@ class Borrower(Protocol):
         """There may be memory: go on with what waited for it."""
 
     def stalled_since(self) -> float | None:
-        """Since when (loop time) the peer has moved nothing of what is held for it; None if it is not its turn."""
+        """Since when (loop time) the peer has not taken a reply, or sent a payload, whole; None if there is none."""
 
     def abandon(self) -> None:
         """End at once."""

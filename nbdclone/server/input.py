@@ -7,8 +7,9 @@ from collections.abc import Callable
 from mmap import mmap
 from typing import TYPE_CHECKING, Protocol
 
-from nbdclone.protocol.requests import Request, RequestLayout
+from nbdclone.protocol.requests import MAX_BURST, Request, RequestLayout
 from nbdclone.protocol.wire import MAX_PIPELINED
+from nbdclone.server.budget import Account
 from nbdclone.server.buffers import PAGE, BufferPool
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ class Receiver(Protocol):
 
     def run_write(self, request: Request, payload: memoryview, buffer: mmap) -> None:
         """Run a request whose large payload stands in a buffer of its own, to be given back to the pool."""
+
+    def has_memory(self, size: int) -> bool:
+        """May so much be held now? If not, the input is started again when it may."""
 
     def drain(self) -> None:
         """The peer sends nothing more."""
@@ -65,10 +69,12 @@ class Input:
         layout: RequestLayout,
         shared: ReceiveBuffer,
         buffers: BufferPool,
+        account: Account,
         receiver: Receiver,
         on_readable: Callable[[], None],
     ) -> None:
         self.active = False
+        self.blocked_since: float | None = None  # when the peer began to send the large payload that is not all there
         self._sock = sock
         self._loop = loop
         self._parse = layout.parse
@@ -79,29 +85,36 @@ class Input:
         self._buffer = shared.buffer
         self._view = shared.view
         self._buffers = buffers
+        self._account = account
         self._receiver = receiver
         self._on_readable = on_readable
-        self._carry = b""  # the beginning of a request that is not all there
+        self._carry = b""  # the beginning of a request that is not all there, unless
+        self._unparsed = False  # that is not known: it was received before, and is to be looked at
         self._payload: _Payload | None = None
+        self._again: asyncio.Handle | None = None
 
     def start(self) -> None:
         """Receive when there is something."""
         if not self.active:
             self.active = True
             self._loop.add_reader(self._sock.fileno(), self._on_readable)
+            self._come_again()
 
     def stop(self) -> None:
         """Leave in the socket what comes."""
         if self.active:
             self.active = False
             self._loop.remove_reader(self._sock.fileno())
+            if self._again is not None:
+                self._again.cancel()
+                self._again = None
 
     def close(self) -> None:
         """Stop, and drop what is not complete."""
         self.stop()
         if self._payload is not None:
             self._buffers.give(self._payload.buffer)
-            self._payload = None
+            self._release(self._payload)
 
     def feed(self, data: bytes) -> None:
         """Take what was received already: at most MAX_PIPELINED bytes, before anything else. Raises as ``receive``."""
@@ -114,7 +127,20 @@ class Input:
         for _ in range(MAX_RECEIVES):
             more = self._receive_requests() if self._payload is None else self._receive_payload(self._payload)
             if not (more and self.active):
-                return
+                break
+        self._come_again()
+
+    def _come_again(self) -> None:
+        """Do not wait for the descriptor while there is something that it does not tell of."""
+        if self.active and self._again is None and self._pending():
+            self._again = self._loop.call_soon(self._receive_again)
+
+    def _pending(self) -> bool:
+        return self._unparsed
+
+    def _receive_again(self) -> None:
+        self._again = None
+        self._on_readable()
 
     def _receive_requests(self) -> bool:
         """Receive into the shared buffer. False if it is better to wait for the next wake-up."""
@@ -123,6 +149,10 @@ class Input:
         if carry := self._carry:
             start += len(carry)
             view[self._receive_at : start] = carry
+            if self._unparsed:
+                self._unparsed = False
+                self._take(start)
+                return False
         try:
             count = self._sock.recv_into(view[start:])
         except (BlockingIOError, InterruptedError):
@@ -130,13 +160,13 @@ class Input:
         if not count:
             self._receiver.drain()
             return False
-        self._carry = b""
         self._take(start + count)
         return self._payload is not None
 
     def _take(self, end: int) -> None:
         """Hand on every whole request in the shared buffer up to ``end``, and keep the rest."""
         requests: list[Request] = []
+        self._carry = b""
         try:
             position = self._parse(self._buffer, self._receive_at, end, requests)
         finally:
@@ -144,12 +174,21 @@ class Input:
                 self._receiver.run(requests, self._view)
         if position == end:
             return
+        if len(requests) == MAX_BURST:  # the others first
+            self._carry, self._unparsed = bytes(self._view[position:end]), True
+            return
         header = self._layout.size
         request = self._layout.head(self._buffer, position) if end - position >= header else None
         if request is None or request[4] + header < DIRECT_WRITE:
             self._carry = bytes(self._view[position:end])
             return
         length = request[4]
+        if not self._receiver.has_memory(length):
+            self._carry, self._unparsed = bytes(self._view[position:end]), True
+            self.stop()
+            return
+        self._account.take(length)
+        self.blocked_since = self._loop.time()
         payload = _Payload(request, self._buffers.take(length), length)
         payload.got = end - position - header
         payload.view[: payload.got] = self._view[position + header : end]
@@ -166,6 +205,12 @@ class Input:
             return False
         payload.got += count
         if payload.got == len(payload.view):
-            self._payload = None
+            self._release(payload)
             self._receiver.run_write(payload.request, payload.view, payload.buffer)
         return True
+
+    def _release(self, payload: _Payload) -> None:
+        """It is all there, or never will be: no more to be held for the peer."""
+        self._payload = None
+        self.blocked_since = None
+        self._account.give(len(payload.view))

@@ -17,6 +17,7 @@ from nbdclone.protocol.wire import (
     SIMPLE_REPLY_MAGIC,
     Cookie,
 )
+from nbdclone.server.budget import Account
 from nbdclone.server.buffers import BufferPool
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Output:
         loop: asyncio.AbstractEventLoop,
         gather: Gather,
         buffers: BufferPool,
+        account: Account,
         on_room: Callable[[], None],
         on_lost: Callable[[], None],
     ) -> None:
@@ -62,9 +64,11 @@ class Output:
         self.view = gather.view
         self.filled = 0
         self.backlog = 0
+        self.blocked_since: float | None = None  # since when the peer has not taken the oldest piece of it whole
         self._sock = sock
         self._loop = loop
         self._buffers = buffers
+        self._account = account
         self._on_room = on_room
         self._on_lost = on_lost
         self._waiting: deque[tuple[memoryview, mmap | None]] = deque()
@@ -155,8 +159,10 @@ class Output:
     def _wait(self, view: memoryview, buffer: mmap | None) -> None:
         if not self._waiting:
             self._loop.add_writer(self._sock.fileno(), self._on_writable)
+            self.blocked_since = self._loop.time()
         self._waiting.append((view, buffer))
         self.backlog += len(view)
+        self._account.take(len(view))
 
     def _on_writable(self) -> None:
         while self._waiting:
@@ -165,13 +171,16 @@ class Output:
             if self._lost:
                 return
             self.backlog -= sent
+            self._account.give(sent)
             if sent < len(view):
                 self._waiting[0] = (view[sent:], buffer)
                 self._on_room()
                 return
             self._waiting.popleft()
+            self.blocked_since = self._loop.time()
             if buffer is not None:
                 self._buffers.give(buffer)
+        self.blocked_since = None
         self._loop.remove_writer(self._sock.fileno())
         self._on_room()
 
@@ -185,4 +194,6 @@ class Output:
             if buffer is not None:
                 self._buffers.give(buffer)
         self._waiting.clear()
+        self._account.give(self.backlog)
         self.backlog = 0
+        self.blocked_since = None

@@ -15,6 +15,7 @@ from nbdclone.errors import UsageError
 from nbdclone.protocol.handshake import TLSMode
 from nbdclone.server.access import Access, read_access
 from nbdclone.server.admission import MAX_CONNECTIONS, Admission
+from nbdclone.server.budget import MIN_MEMORY, Budget, default_memory
 from nbdclone.server.connection import Connection
 from nbdclone.server.export import Exports
 from nbdclone.server.listen import Listener, listen_tcp, listen_unix
@@ -62,8 +63,12 @@ class Server:
         insecure: bool = False,
         max_connections: int = MAX_CONNECTIONS,
         max_connections_per_address: int | None = None,
+        max_memory: int | None = None,
     ) -> None:
         self.pool = pool
+        self._max_memory = default_memory() if max_memory is None else max_memory
+        if self._max_memory < MIN_MEMORY:
+            raise UsageError(f"{max_memory} bytes of memory for all clients are too few: the least is {MIN_MEMORY}")
         self.access = Access()
         self.uris: list[str] = []
         self.tls = tls
@@ -80,7 +85,7 @@ class Server:
 
     async def __aenter__(self) -> Server:
         self._loop = asyncio.get_running_loop()
-        self.scratch = Scratch()
+        self.scratch = Scratch(Budget(self._max_memory, self._loop))
         with contextlib.ExitStack() as held:
             held.enter_context(self.pool.served())
             self.access = read_access(self.pool.settings_path)

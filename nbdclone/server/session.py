@@ -7,7 +7,8 @@ and no allocation that grows; what would wait for a disk goes to a thread, and i
 What bounds the memory of a connection: a read, or a question for block status, starts only while less than
 ``MAX_UNSENT`` bytes of replies are unsent or being made (one of them more, at the most), and waits otherwise; nothing
 more is received while one of the limits below is reached. Receiving goes on until then, since a client may send a write
-before it reads what it asked for.
+before it reads what it asked for. What all connections hold together is bounded by the ``Budget``: it is asked before a
+large reply is made or a large payload is received. What is gathered in one pass, 256 KiB at most, is not asked for.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ from nbdclone.protocol.wire import (
     Mode,
 )
 from nbdclone.server.block_status import Contexts, block_status, largest_reply
+from nbdclone.server.budget import Budget
 from nbdclone.server.buffers import MIN_BUFFER, PAGE, BufferPool
 from nbdclone.server.errnos import describe, nbd_errno, tell
 from nbdclone.server.export import Export
@@ -94,10 +96,11 @@ LOG_INTERVAL_S = 5.0
 class Scratch:
     """What all connections of an event loop share, one pass at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: Budget) -> None:
         self.received = ReceiveBuffer()
         self.gather = Gather()
         self.buffers = BufferPool()
+        self.budget = budget
 
 
 class Session:
@@ -113,6 +116,7 @@ class Session:
         offload: Offload,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
+        self.label = str(peer)
         self._peer = peer
         self._export = export
         self._clone = export.clone
@@ -125,16 +129,18 @@ class Session:
         self._buffers = scratch.buffers
         self._offload = offload
         self._loop = loop
+        self._account = scratch.budget.open(self)
         receiving = TLSInput if isinstance(sock, TLSSocket) else Input
         self._input = receiving(
-            sock, loop, request_layout(mode), scratch.received, scratch.buffers, self, self._on_readable
+            sock, loop, request_layout(mode), scratch.received, scratch.buffers, self._account, self, self._on_readable
         )
-        self._output = Output(sock, loop, scratch.gather, scratch.buffers, self._on_room, self._lose)
+        self._output = Output(sock, loop, scratch.gather, scratch.buffers, self._account, self.resume, self._lose)
         # Gathers the reply to a request that succeeded and has nothing more to tell.
         self._succeed: Callable[[Cookie], None] = (
             self._output.extended_success if mode is Mode.EXTENDED else self._output.simple_reply
         )
-        self._waiting: deque[Callable[[], None]] = deque()  # what makes large replies, until there is room
+        # What makes replies, and how large they are, until there is room.
+        self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
         self._in_flight = 0  # requests that threads work on
         self._reading = 0  # bytes of replies that threads make
         self._held_writes = 0  # bytes of payload that threads write, or will
@@ -157,6 +163,7 @@ class Session:
             while not self._over.done():
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([self._over])
+            self._account.close()
 
     def drain(self) -> None:
         """Take no more requests; answer those that were taken, then end. What comes later is for a new connection."""
@@ -197,8 +204,8 @@ class Session:
             if error := request_error(info, structured, flags, command, offset, length):
                 self._reply(cookie, error)
             elif command == CMD_READ:
-                if self._waiting or self._output.backlog + self._reading >= MAX_UNSENT:
-                    self._waiting.append(partial(self._read, flags, cookie, offset, length))
+                if self._waiting or not self._has_room(length):
+                    self._waiting.append((length, partial(self._read, flags, cookie, offset, length)))
                 else:
                     self._read(flags, cookie, offset, length)
             elif command == CMD_WRITE:
@@ -294,7 +301,8 @@ class Session:
 
     def _ask_status(self, flags: int, cookie: Cookie, offset: int, length: int, contexts: Contexts) -> None:
         one = bool(flags & CMD_FLAG_REQ_ONE)
-        self._waiting.append(partial(self._tell_status, cookie, offset, length, contexts, one))
+        size = largest_reply(contexts, one, self._layout)
+        self._waiting.append((size, partial(self._tell_status, cookie, offset, length, contexts, one, size)))
         self._start_waiting()
 
     def _read(self, flags: int, cookie: Cookie, offset: int, length: int) -> None:
@@ -377,6 +385,7 @@ class Session:
         held = max(length, MIN_BUFFER)
         self._in_flight += 1
         self._reading += held
+        self._account.take(held)
 
         def work() -> list[Run] | None:
             data = view[PAGE : PAGE + length]
@@ -386,31 +395,33 @@ class Session:
         def done(runs: list[Run] | None, error: BaseException | None) -> None:
             self._in_flight -= 1
             self._reading -= held
+            self._account.give(held)
             if error is not None or self._lost:
                 self._buffers.give(taken)
                 if error is not None:
                     self._fail(cookie, error)
             else:
                 self._send_read(cookie, offset, length, view, taken, runs)
-            self._guarded(self._resume)
+            self.resume()
 
         self._offload.submit(work, done)
 
-    def _tell_status(self, cookie: Cookie, offset: int, length: int, contexts: Contexts, one: bool) -> None:
+    def _tell_status(self, cookie: Cookie, offset: int, length: int, contexts: Contexts, one: bool, held: int) -> None:
         clone, layout = self._clone, self._layout
-        held = largest_reply(contexts, one, layout)
         self._in_flight += 1
         self._reading += held
+        self._account.take(held)
 
         def done(chunks: list[bytes], error: BaseException | None) -> None:
             self._in_flight -= 1
             self._reading -= held
+            self._account.give(held)
             if error is not None:
                 self._fail(cookie, error)
             else:
                 for chunk in chunks:
                     self._output.add(chunk)
-            self._guarded(self._resume)
+            self.resume()
 
         self._offload.submit(lambda: block_status(clone, contexts, cookie, offset, length, one, layout), done)
 
@@ -445,10 +456,12 @@ class Session:
         clone = self._clone
         self._in_flight += 1
         self._held_writes += length
+        self._account.take(length)
         finish = self._finisher(cookie, fua=bool(flags & CMD_FLAG_FUA))
 
         def done(result: Any, error: BaseException | None) -> None:
             self._held_writes -= length
+            self._account.give(length)
             self._give_back(buffer)
             finish(result, error)
 
@@ -472,7 +485,7 @@ class Session:
                 self._succeed(cookie)
             else:
                 self._fail(cookie, error)
-            self._guarded(self._resume)
+            self.resume()
 
         return done
 
@@ -501,9 +514,27 @@ class Session:
             or len(self._waiting) >= MAX_WAITING
             or self._output.backlog >= MAX_BACKLOG
             or self._output.pieces >= MAX_PIECES
+            or self._account.over
         )
 
-    def _on_room(self) -> None:
+    def _has_room(self, size: int) -> bool:
+        """May a reply of this size be made now?"""
+        unsent = self._output.backlog + self._reading
+        if not unsent and size <= GATHERED_READ:
+            return True
+        return unsent < MAX_UNSENT and self._account.allows(size)
+
+    def has_memory(self, size: int) -> bool:
+        """May a payload of this size be received now?"""
+        return self._account.allows(size)
+
+    def stalled_since(self) -> float | None:
+        """Since when the peer has neither taken its oldest reply nor sent a payload whole."""
+        since = (self._output.blocked_since, self._input.blocked_since)
+        return min((moment for moment in since if moment is not None), default=None)
+
+    def resume(self) -> None:
+        """Go on with what waited: the peer took something, or there is memory."""
         self._guarded(self._resume)
 
     def _resume(self) -> None:
@@ -515,8 +546,9 @@ class Session:
         self._check_over()
 
     def _start_waiting(self) -> None:
-        while self._waiting and self._output.backlog + self._reading < MAX_UNSENT and not self._lost:
-            self._waiting.popleft()()
+        while self._waiting and not self._lost and self._has_room(self._waiting[0][0]):
+            _size, begin = self._waiting.popleft()
+            begin()
 
     def _lose(self) -> None:
         """The connection is gone. Threads that work for it are waited for; nobody hears of what they did."""

@@ -250,28 +250,6 @@ AnySocket: TypeAlias = socket.socket | TLSSocket
 class TLSInput(Input):
     """Input from a TLS socket, which may hold what its descriptor does not tell of any more."""
 
-    _again: asyncio.Handle | None = None
-
-    def start(self) -> None:
-        if not self.active:
-            super().start()
-            self._come_again()
-
-    def stop(self) -> None:
-        super().stop()
-        if self._again is not None:
-            self._again.cancel()
-            self._again = None
-
-    def receive(self) -> None:
-        super().receive()
-        self._come_again()
-
-    def _come_again(self) -> None:
+    def _pending(self) -> bool:
         assert isinstance(self._sock, TLSSocket)
-        if self.active and self._again is None and self._sock.pending:
-            self._again = self._loop.call_soon(self._receive_again)
-
-    def _receive_again(self) -> None:
-        self._again = None
-        self._on_readable()
+        return self._unparsed or self._sock.pending

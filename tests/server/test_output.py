@@ -11,6 +11,7 @@ import pytest
 from serving import MIB, until
 
 from nbdclone.protocol.wire import SIMPLE_REPLY, SIMPLE_REPLY_MAGIC
+from nbdclone.server.budget import Budget
 from nbdclone.server.buffers import BufferPool
 from nbdclone.server.output import GATHER_SIZE, Gather, Output
 
@@ -44,8 +45,18 @@ def buffers() -> Pool:
 
 
 class Heard:
+    label = "somebody"
     room = 0
     lost = 0
+
+    def resume(self) -> None:
+        self.on_room()
+
+    def stalled_since(self) -> None:
+        return None
+
+    def abandon(self) -> None:
+        self.on_lost()
 
     def on_room(self) -> None:
         self.room += 1
@@ -62,9 +73,12 @@ def heard() -> Heard:
 @pytest.fixture
 async def output(ends: tuple[socket.socket, socket.socket], buffers: Pool, heard: Heard) -> AsyncIterator[Output]:
     loop = asyncio.get_running_loop()
-    output = Output(ends[0], loop, Gather(), buffers, heard.on_room, heard.on_lost)
+    account = Budget(MIB, loop).open(heard)
+    output = Output(ends[0], loop, Gather(), buffers, account, heard.on_room, heard.on_lost)
     yield output
+    assert account.held == output.backlog
     output.close()
+    assert account.held == 0
 
 
 async def receive(sock: socket.socket, count: int) -> bytes:
