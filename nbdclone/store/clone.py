@@ -149,7 +149,8 @@ class Clone:
             # A copy: a write beside this may change the map between the finding of a run and the look at its owner.
             owners = bytes(self._owners_of(segment, nowait)[first:last])
             begin = origin + (first << BLOCK_SHIFT)
-            if owners == owners[:1] * len(owners):  # nearly always; the search takes half a millisecond for a segment
+            # Nearly always; the search takes half a millisecond for a segment.
+            if owners == bytes(owners[:1]) * len(owners):
                 yield owners[0], offset, stop - offset
                 offset = stop
                 continue
