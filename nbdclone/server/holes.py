@@ -11,11 +11,13 @@ import re
 from nbdclone.protocol.transmission import hole_chunk, read_chunk_header
 from nbdclone.protocol.wire import ChunkLayout, Cookie
 
-# A long read is looked at in pieces of this size, and each that is zeros is (a part of) a hole. To tell one costs both
-# sides a system call or two and some work: with smaller ones it would not pay.
-GRAIN = 32 << 10
+# A long read is looked at in pieces of this size, and each that is zeros is (a part of) a hole. Each hole between data
+# costs both sides system calls and work of their own: on a local socket, zeros of 64 KiB in turn with data took a
+# server a third more time to tell than to send, and with 32 KiB the client a quarter more to hear. Longer ones gain
+# everywhere, and these over a network.
+GRAIN = 64 << 10
 
-_ZEROS = bytes(64 << 10)
+_ZEROS = bytes(GRAIN)
 _RUN = re.compile(rb"(.)\1*", re.DOTALL)
 
 Run = tuple[bool, int, int]
@@ -23,7 +25,7 @@ Run = tuple[bool, int, int]
 
 
 def is_zero(view: memoryview) -> bool:
-    """Is every byte of at most 64 KiB zero?"""
+    """Is every byte zero? Of at most GRAIN bytes."""
     return _ZEROS.startswith(view)
 
 

@@ -13,6 +13,7 @@ from serving import MIB, Disk, Hasty, Peer, go_data, make_pool, serving, until, 
 from nbdclone.client import Client
 from nbdclone.errors import LocalProtocolError, ServerRefused
 from nbdclone.protocol import wire
+from nbdclone.protocol.block_status import parse_status_filter
 from nbdclone.protocol.wire import (
     CMD_BLOCK_STATUS,
     CMD_CACHE,
@@ -38,9 +39,11 @@ from nbdclone.protocol.wire import (
     OptionReply,
     TransmissionFlag,
 )
+from nbdclone.server import server as server_module
 from nbdclone.server import session
 from nbdclone.server.input import DIRECT_WRITE
 from nbdclone.server.server import Server
+from nbdclone.store.pool import Pool
 
 GIB = 1 << 30
 SIZE = 40 * GIB
@@ -217,7 +220,16 @@ async def connect(server: Server, export: str = "web1", mode: Mode = Mode.EXTEND
 
 
 @pytest.mark.parametrize("mode", Mode)
-async def test_the_client_does_the_same_in_every_mode(tmp_path: Path, mode: Mode) -> None:
+async def test_the_client_does_the_same_in_every_mode(
+    tmp_path: Path, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filters: list[bytes] = []
+
+    def noted(payload: memoryview, selected: list[int]) -> tuple[int, list[int]] | None:
+        filters.append(bytes(payload))
+        return parse_status_filter(payload, selected)
+
+    monkeypatch.setattr(session, "parse_status_filter", noted)
     pool = make_pool(tmp_path, IMAGE, "web1", size=SIZE)
     async with serving(pool) as server, await connect(server, mode=mode) as disk:
         assert disk.mode is mode
@@ -242,6 +254,8 @@ async def test_the_client_does_the_same_in_every_mode(tmp_path: Path, mode: Mode
         assert told[NAMES[0]] == [(30 * GIB, 3), (4096, 0), (10 * GIB - 4096, 3)]
         for names in (NAMES[:1], NAMES[1:]):
             assert await disk.block_status(SIZE, 0, contexts=names) == {name: told[name] for name in names}
+        expected = [struct.pack(">QI", SIZE, 1), struct.pack(">QII", SIZE, 2, 3)]
+        assert filters == (expected if mode is Mode.EXTENDED else [])
         with pytest.raises(LocalProtocolError):
             await disk.block_status(SIZE, 0, contexts=["base:other"])
 
@@ -294,3 +308,26 @@ async def test_the_steps_of_a_long_trim_begin_at_whole_blocks(tmp_path: Path, mo
         assert not (await peer.run(CMD_WRITE_ZEROES, 1000, 4 * MIB - 1000, flags=CMD_FLAG_FUA)).error
         assert (await peer.run(CMD_READ, 0, 4 * MIB)).data == b"d" * 1000 + bytes(4 * MIB - 1000)
     assert [length for _offset, length in disk.punched] == [MIB - 4096, MIB, MIB, MIB]
+
+
+async def test_what_is_left_of_a_long_trim_is_not_waited_for_when_the_server_must_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "MAX_ZEROED", MIB)
+    monkeypatch.setattr(server_module, "DRAIN_S", 0.05)
+    disk = Disk()
+    pool = make_pool(tmp_path, b"d" * 8 * MIB, "web1", fs=disk)
+    abandon = Server._abandon
+
+    def abandon_and_open(server: Server) -> None:
+        abandon(server)
+        disk.writes.open()
+
+    monkeypatch.setattr(Server, "_abandon", abandon_and_open)
+    async with serving(pool) as server:
+        disk.writes.close()
+        async with await Peer.open(server, "web1", mode=Mode.EXTENDED) as peer:
+            await peer.send(peer.request(CMD_TRIM, 512, 8 * MIB - 512))
+            await until(lambda: disk.writes.waiting == 1)
+    with Pool.open(pool.path, fs=Hasty()).open_clone("web1") as clone:
+        assert clone.pread(8 * MIB, 0) == b"d" * 512 + bytes(MIB - 512) + b"d" * 7 * MIB
