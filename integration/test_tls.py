@@ -10,13 +10,14 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from integration.packages import program, require
-from integration.served import Served, make_pool, nbdclone, served, sha256_of_file
+from integration.served import ENVIRONMENT, REPOSITORY, Served, make_pool, nbdclone, served, sha256_of_file
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -242,3 +243,38 @@ def test_a_ready_line_of_a_server_that_requires_tls_is_for_its_clients(server: S
     assert [uri.partition(":")[0] for uri in server.uris] == ["nbds", "nbds+unix"]
     with socket.create_connection(("127.0.0.1", int(server.uris[0].rpartition(":")[2])), 10) as plain:
         assert plain.recv(18, socket.MSG_WAITALL)[:8] == b"NBDMAGIC"
+
+
+PORT = 10809
+
+
+def test_the_commands_of_the_documentation_work(directory: Path, tmp_path: Path) -> None:
+    require("libnbd-bin", "qemu-utils")
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", PORT)) == 0:
+            pytest.fail(f"something listens on port {PORT}, which the documentation's server wants")
+    blocks = re.findall(r"<!-- run: host -->\n```sh\n(.*?)```", (REPOSITORY / "docs" / "tls.md").read_text(), re.DOTALL)
+    [serving] = [number for number, block in enumerate(blocks) if "nbdclone serve" in block]
+    blocks[serving] += "until grep -q 'nbdclone ready on nbds://' output; do sleep 0.1; kill -0 $!; done\n"
+    tool = tmp_path / "bin" / "nbdclone"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\nexec {sys.executable} -m nbdclone "$@"\n')
+    tool.chmod(0o755)
+    pool = make_pool(tmp_path / "pool", directory / "image.raw", "web1")
+    own = {"HOME": str(tmp_path), "NBDCLONE_POOL": str(pool), "PATH": f"{tool.parent}:{os.environ['PATH']}"}
+    script = "set -e\n" + "\n".join(blocks) + "\nkill $!\nwait $!\n"
+    with open(tmp_path / "output", "wb") as out:
+        done = subprocess.run(
+            ["bash", "-c", script],
+            cwd=tmp_path,
+            env=ENVIRONMENT | own,
+            stdout=out,
+            stderr=out,
+            check=False,
+            timeout=100,
+        )
+    said = (tmp_path / "output").read_text()
+    assert done.returncode == 0, said
+    assert "newstyle-fixed with TLS" in said
+    assert f"({SIZE} bytes)" in said
+    assert (tmp_path / "backup.img").read_bytes() == (directory / "image.raw").read_bytes()
