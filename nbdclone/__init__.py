@@ -1,7 +1,7 @@
 """nbdclone: linked clones of disk images, served over NBD.
 
 Pool, Clone     the store: import bases, make clones, read and write them
-Server, serve   the NBD server over a pool
+Server, serve   the NBD server over a pool; ServerTLS: how it does TLS
 Client          an asyncio NBD client
 NBDCloneError   the root of all errors; the others are in ``nbdclone.errors``
 """
@@ -16,12 +16,13 @@ from nbdclone.errors import NBDCloneError
 if TYPE_CHECKING:
     from nbdclone.client import Client
     from nbdclone.server.server import Server, serve
+    from nbdclone.server.tls import ServerTLS
     from nbdclone.store.clone import Clone
     from nbdclone.store.pool import BaseInfo, CloneInfo, Pool
 
 __version__ = "0.1.0"
 
-__all__ = ["BaseInfo", "Client", "Clone", "CloneInfo", "NBDCloneError", "Pool", "Server", "serve"]
+__all__ = ["BaseInfo", "Client", "Clone", "CloneInfo", "NBDCloneError", "Pool", "Server", "ServerTLS", "serve"]
 
 # Loaded at first use: who wants the client does not wait for the store, and the command line waits for neither.
 _HOMES = {
@@ -31,6 +32,7 @@ _HOMES = {
     "CloneInfo": "nbdclone.store.pool",
     "Pool": "nbdclone.store.pool",
     "Server": "nbdclone.server.server",
+    "ServerTLS": "nbdclone.server.tls",
     "serve": "nbdclone.server.server",
 }
 

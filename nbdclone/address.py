@@ -45,22 +45,23 @@ class Address:
         except ValueError as error:
             raise UsageError(f"{uri}: {error}") from None
         given = {name: values[0] for name, values in parse_qs(parts.query).items()}
-        export = unquote(parts.path.removeprefix("/"))
         scheme, _plus, transport = parts.scheme.partition("+")
-        path = given.get("socket", "")
-        if scheme not in ("nbd", "nbds") or not (parts.hostname if not transport else transport == "unix" and path):
+        unix = transport == "unix"
+        path = given.get("socket", "") if unix else ""
+        host = "" if unix else parts.hostname or ""
+        if scheme not in ("nbd", "nbds") or transport not in ("", "unix") or not (path or host):
             raise UsageError(f"{uri}: not nbd://HOST:PORT/EXPORT and not nbd+unix:///EXPORT?socket=PATH")
         verify = given.get("tls-verify-peer", "1").lower()
         if verify not in ("0", "1", "false", "true"):
             raise UsageError(f"{uri}: tls-verify-peer is 0 or 1")
         return cls(
-            parts.hostname or "" if not transport else "",
-            port if not transport else 0,
-            path if transport else "",
-            export,
-            scheme == "nbds",
-            unquote(parts.username or ""),
-            given.get("tls-certificates", ""),
-            given.get("tls-psk-file", ""),
-            verify in ("1", "true"),
+            host=host,
+            port=0 if unix else port,
+            path=path,
+            export=unquote(parts.path.removeprefix("/")),
+            tls=scheme == "nbds",
+            username=unquote(parts.username or ""),
+            certificates=given.get("tls-certificates", ""),
+            psk_file=given.get("tls-psk-file", ""),
+            verify_peer=verify in ("1", "true"),
         )

@@ -20,10 +20,10 @@ from nbdclone.server.input import Input
 
 # How much ciphertext is received at once, and kept undecrypted at most. OpenSSL's memory for it stays with the
 # connection, a third more than this: what is gained above is lost in memory.
-CIPHERTEXT = 64 << 10
+CIPHERTEXT = 32 << 10
 # How much is encrypted before it is sent: what the peer does not take of it is all that is kept, and the memory of it
-# stays with the connection too. Four records of TLS.
-PLAINTEXT = 64 << 10
+# stays with the connection too. Two records of TLS.
+PLAINTEXT = 32 << 10
 RECORD = 16 << 10  # OpenSSL takes no more than this at once
 
 
