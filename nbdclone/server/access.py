@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,8 @@ _LITERALS = re.compile(r"[A-Za-z0-9._@-]*")
 _WILDCARDS = re.compile(r"\[!?\]?[^\]]*\]|[*?]")
 # The last uid is -1: no user.
 _MAX_UID = (1 << 32) - 2
+# The attributes that RFC 4514 has names for: others stand in a certificate's subject by their numbers.
+_ATTRIBUTES = {"CN", "L", "ST", "O", "OU", "C", "STREET", "DC", "UID"}
 _MAPPED = IPv6Network("::ffff:0:0/96")
 
 T = TypeVar("T")
@@ -136,7 +139,11 @@ def _read_list(rule: dict[str, Any], key: str, name: str, read: Callable[[Any], 
 
 
 def _read_subject(value: Any) -> Subject:
-    return parse_subject(_string(value))
+    subject = parse_subject(_string(value))
+    for attribute, _form, _value in chain.from_iterable(subject):
+        if attribute not in _ATTRIBUTES and not attribute[0].isdigit():
+            raise ValueError(f"{value!r}: give {attribute} by its number, as the log does: RFC 4514 has no such name")
+    return subject
 
 
 def _read_network(value: Any) -> Network:
