@@ -26,6 +26,8 @@ DEPTH = 128
 # What a desktop's requests move beside the two that are as large as they come.
 TRACE_BYTES = int(os.environ.get("TRACE_BYTES", "52_000_000"))
 SMALLEST_TRACE = 1000  # requests
+# The largest write comes late: it leaves little of the base to be seen.
+LARGEST_READ_AT, LARGEST_WRITE_AT = 500, 900
 # One request in so many has any size up to the largest.
 RARE = 400
 IMAGE = random.Random("desktop").randbytes(SIZE // 3 // 512 * 512)
@@ -45,12 +47,12 @@ def desktop(rng: random.Random, total: int) -> Iterator[Step]:
     ends = [rng.randrange(SIZE // 2) for _ in range(6)]
     while moved < total or count < SMALLEST_TRACE:
         count += 1
-        kind = rng.choices([READ, WRITE, FLUSH, TRIM, WRITE_ZEROES, CACHE], [45, 43, 6, 2, 2, 2])[0]
+        kind = rng.choices([READ, WRITE, FLUSH, TRIM, WRITE_ZEROES, CACHE], [44, 42, 6, 3, 3, 2])[0]
         if kind == FLUSH:
             yield Step(FLUSH, 0, 0, 0)
             continue
-        if count in (SMALLEST_TRACE // 3, SMALLEST_TRACE // 2):  # the largest write, and the largest read
-            yield Step(WRITE if count < SMALLEST_TRACE // 2 else READ, rng.randrange(SIZE - LARGEST), LARGEST, 0)
+        if count in (LARGEST_READ_AT, LARGEST_WRITE_AT):
+            yield Step(READ if count == LARGEST_READ_AT else WRITE, rng.randrange(SIZE - LARGEST), LARGEST, 0)
             continue
         if rng.randrange(RARE) == 0:
             length = round(512 * (LARGEST / 512) ** rng.random())
