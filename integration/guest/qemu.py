@@ -64,6 +64,10 @@ class Guest:
         """Wait until the guest has done its work and has powered itself off."""
         return self._wait(lambda: self._process.poll() == 0 and self._is_done(), deadline_s)
 
+    def wait_until_said(self, is_enough: Callable[[str], bool], deadline_s: float) -> str:
+        """Wait until what the guest has said so far is enough, and return it."""
+        return self._wait(lambda: is_enough(self._said()), deadline_s).console
+
     def _wait(self, happened: Callable[[], bool], deadline_s: float) -> Told:
         deadline = time.monotonic() + deadline_s
         while True:

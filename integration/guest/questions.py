@@ -20,7 +20,10 @@ def answered(answers: Mapping[str, Callable[[], object]]) -> Iterator[int]:
             question = self.rfile.readline().decode().strip()
             self.wfile.write(f"{answers[question]()}\n".encode())
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Question) as server:
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True  # an answer that nobody needs any more is not waited for
+
+    with Server(("127.0.0.1", 0), Question) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
