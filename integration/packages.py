@@ -16,7 +16,7 @@ from typing import NoReturn
 NEEDED = {
     "busybox-static": ("busybox",),
     "dosfstools": ("mkfs.fat",),
-    "e2fsprogs": ("mke2fs", "e2fsck"),
+    "e2fsprogs": ("mke2fs", "e2fsck", "debugfs"),
     "fdisk": ("sfdisk",),
     "fio": ("fio",),
     "libnbd-bin": ("nbdcopy", "nbdinfo"),
