@@ -170,6 +170,7 @@ class Story:
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     require("busybox-static", "nbd-client", "e2fsprogs", "fio", "qemu-system-x86", "seabios", "libnbd-bin")
+    linux = kernel()
     directory = tmp_path_factory.mktemp("device")
     pool = make_pool(directory / "pool", make_image(directory), *CLONES)
 
@@ -187,9 +188,9 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
             files = {f"files/{name}": content for name, content in FILES.items()}
             files |= {f"stripes/{i}": content for i, content in enumerate(STRIPES)}
             script = f"port={server.port}\nquestions={questions}\n{SCRIPT}"
-            initramfs = write_initramfs(directory / "initramfs", kernel(), script, files, programs=("fio",))
+            initramfs = write_initramfs(directory / "initramfs", linux, script, files, programs=("fio",))
             machine = ("-m", "1024", "-smp", str(CONNECTIONS))  # fio is large
-            with guest(*kernel().boots(initramfs), *machine, *NETWORK, console=directory / "console.txt") as running:
+            with guest(*linux.boots(initramfs), *machine, *NETWORK, console=directory / "console.txt") as running:
                 told = running.wait_until_off(200)
     with served(pool) as server:
         yield Story(directory, server, told)

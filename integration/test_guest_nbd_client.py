@@ -100,6 +100,7 @@ class Story:
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     require("busybox-static", "nbd-client", "e2fsprogs", "qemu-system-x86", "seabios", "libnbd-bin")
+    linux = kernel()
     directory = tmp_path_factory.mktemp("nbd-client")
     image = b"".join(map(base_block, range(IMAGE_SIZE // BLOCK_SIZE)))
     (directory / "image.raw").write_bytes(image)
@@ -108,8 +109,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         files = {f"files/{name}": content for name, content in FILES.items()}
         files |= {f"sectors/{sector}": content for sector, content in SECTORS.items()}
         script = f"port={server.port}\n{SCRIPT}"
-        initramfs = write_initramfs(directory / "initramfs", kernel(), script, files)
-        with guest(*kernel().boots(initramfs), *NETWORK, console=directory / "console.txt") as machine:
+        initramfs = write_initramfs(directory / "initramfs", linux, script, files)
+        with guest(*linux.boots(initramfs), *NETWORK, console=directory / "console.txt") as machine:
             told = machine.wait_until_off(150)
         yield Story(directory, image, server, told)
 

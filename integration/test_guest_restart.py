@@ -37,7 +37,7 @@ pytestmark = pytest.mark.timeout(400)
 SEED = 28
 KILLS = 6
 LONGEST_WORK_S = 0.5  # until the next kill, from when everybody has synced something since the last
-ROUND_DEADLINE_S = 60.0
+ROUND_DEADLINE_S = 90.0
 RECONNECT_DELAY_S = 60  # qemu tries after 1, 2, 4... seconds; a server that starts takes its time on a busy machine
 
 SECTOR = 512
@@ -49,31 +49,38 @@ IMAGE_SIZE = 32 << 20
 SCRIPT = rf"""
 . /functions
 mkdir /state
+fail() {{  # WHO
+    echo "the $1 has failed"
+    dmesg | tail -n 20
+    poweroff -f
+}}
 writer() {{  # NUMBER
     version=0
     until [ -e /state/stop ]; do
         version=$((version + 1))
         slot=$(($1 * {SLOTS} + version % {SLOTS}))
         yes "$(printf 'writer %d version %014d' "$1" $version)" | head -c {SLOT} > "/state/new$1"
-        /bin/dd if="/state/new$1" of=/dev/vda bs=4k seek=$((slot * 16)) oflag=direct conv=notrunc,fsync status=none
-        echo "synced $1 $version"
-        /bin/dd if=/dev/vda of="/state/found$1" bs={SLOT} skip=$slot count=1 iflag=direct status=none
-        cmp "/state/new$1" "/state/found$1"
+        /bin/dd if="/state/new$1" of=/dev/vda bs=4k seek=$((slot * 16)) oflag=direct conv=notrunc,fsync status=none \
+            && echo "synced $1 $version" \
+            && /bin/dd if=/dev/vda of="/state/found$1" bs={SLOT} skip=$slot count=1 iflag=direct status=none \
+            && cmp "/state/new$1" "/state/found$1" \
+            || fail "writer $1"
     done
 }}
 verifier() {{
     until [ -e /state/stop ]; do
         fio --name=verify --directory=/mnt --size=2m --rw=randwrite --bs=4k --ioengine=libaio --iodepth=8 --direct=1 \
-            --fsync=32 --verify=crc32c --verify_fatal=1 --eta=never --output=/state/fio || break
-        echo "verified"
+            --fsync=32 --verify=crc32c --verify_fatal=1 --eta=never --output=/state/fio \
+            && echo "verified" \
+            || fail "verifier"
     done
 }}
 
 mount -t ext4 /dev/vdb /mnt
 echo "== work"
-(set -e; verifier) & workers=$!
+verifier & workers=$!
 for i in $(seq 0 {WRITERS - 1}); do
-    (set -e; writer $i) & workers="$workers $!"
+    writer $i & workers="$workers $!"
 done
 ask until_over > /state/over
 touch /state/stop

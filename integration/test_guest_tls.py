@@ -39,6 +39,7 @@ tls="-certfile /tls/client-cert.pem -keyfile /tls/client-key.pem -cacertfile /tl
 
 if attach web1 nbd0; then without=attached; else without=refused; fi
 if attach web1 nbd0 $tls -tlshostname other.example; then other=attached; else other=refused; fi
+echo  # nbd-client left the cursor in the middle of a line
 echo "== attempts"
 echo "$without $other"
 
