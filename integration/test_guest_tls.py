@@ -19,6 +19,7 @@ from integration.guest.debian_disk import ROOT_OFFSET, debian_disk
 from integration.guest.initramfs import write_initramfs
 from integration.guest.kernel import kernel
 from integration.guest.qemu import NETWORK, Told, guest
+from integration.guest.questions import answered
 from integration.packages import program, require
 from integration.served import make_pool, nbdclone, save_export, served
 
@@ -45,7 +46,7 @@ echo "$without $other"
 
 attach web1 nbd0 $tls -tlshostname {HOST}
 echo "== work"
-/bin/mke2fs -q -t ext4 /dev/nbd0
+/bin/mke2fs -q -t ext4 -E nodiscard /dev/nbd0  # a block that was discarded would need no flush to be found again
 mount -t ext4 /dev/nbd0 /mnt
 for file in /files/*; do /bin/dd if="$file" of="/mnt/${{file##*/}}" bs=64k conv=fsync status=none; done
 /bin/dd if=/dev/urandom of=/mnt/large bs=1M count=16 conv=fsync status=none
@@ -65,6 +66,8 @@ if [ "$(sha256sum < large)" = "$written" ]; then echo same; else echo different;
 echo "last words" | /bin/dd of=last conv=fsync status=none
 echo "== errors"
 dmesg | grep -E 'error|[Aa]bort' || :
+echo "== kill"  # before the clone is closed, and flushed with that
+ask kill
 """
 
 
@@ -84,7 +87,7 @@ class Story:
 
 @pytest.fixture(scope="module")
 def attached(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> Story:
-    """A guest that has attached a clone with nbd-client, and has not detached it: after its last sync it was killed."""
+    """A guest that has attached a clone with nbd-client, and after its last sync asked for the death of the server."""
     require("busybox-static", "nbd-client", "e2fsprogs", "qemu-system-x86", "seabios", "libnbd-bin")
     linux = kernel()
     directory = tmp_path_factory.mktemp("attached")
@@ -94,10 +97,16 @@ def attached(tmp_path_factory: pytest.TempPathFactory, certificates: Path) -> St
     files = {f"files/{name}": content for name, content in FILES.items()}
     files |= {f"tls/{path.name}": path.read_bytes() for path in (certificates / CLIENT).iterdir()}
     with served(pool, "--listen", "127.0.0.1:0", "--tls-certificates", certificates) as server:
-        initramfs = write_initramfs(directory / "initramfs", linux, f"port={server.port}\n{SCRIPT}", files)
-        with guest(*linux.boots(initramfs), *NETWORK, console=directory / "console.txt") as machine:
-            told = machine.wait_until_done(DEADLINE_S)
+
+        def kill() -> str:
             server.kill()
+            return "killed"
+
+        with answered({"kill": kill}) as questions:
+            script = f"port={server.port}\nquestions={questions}\n{SCRIPT}"
+            initramfs = write_initramfs(directory / "initramfs", linux, script, files)
+            with guest(*linux.boots(initramfs), *NETWORK, console=directory / "console.txt") as machine:
+                told = machine.wait_until_off(DEADLINE_S)
     with served(pool) as server:
         return Story(told, save_export(server.uri("web1"), directory / "disk"))
 
@@ -129,7 +138,12 @@ def debugfs(disk: str, request: str) -> str:
     """Look into a file system, whose journal may have to be replayed first: this does it."""
     subprocess.run([program("e2fsck"), "-fp", disk], check=False, capture_output=True, timeout=120)
     return subprocess.run(
-        [program("debugfs"), "-R", request, disk], check=True, capture_output=True, text=True, timeout=60
+        [program("debugfs"), "-R", request, disk],
+        check=True,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=60,
     ).stdout
 
 
