@@ -64,7 +64,7 @@ class Served:
     @property
     def port(self) -> int:
         """The port of the first --listen."""
-        return int(self._first("nbd://").rpartition(":")[2].strip("/"))
+        return int(self._first("nbd://", "nbds://").rpartition(":")[2].strip("/"))
 
     @property
     def socket(self) -> str:
@@ -90,8 +90,8 @@ class Served:
         assert status == 0, f"the server exited with status {status}:\n{complaints}"
         assert "Traceback" not in complaints, complaints
 
-    def _first(self, scheme: str) -> str:
-        return next(uri for uri in self.uris if uri.startswith(scheme))
+    def _first(self, *schemes: str) -> str:
+        return next(uri for uri in self.uris if uri.startswith(schemes))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import pytest
 
 from integration.guest.initramfs import write_initramfs
 from integration.guest.kernel import kernel
-from integration.guest.qemu import KERNEL_OPTIONS, NETWORK, Told, guest
+from integration.guest.qemu import NETWORK, Told, guest
 from integration.packages import require
 from integration.served import Served, make_pool, save_export, served, sha256_of_file
 
@@ -37,20 +37,13 @@ SECTORS = {
 
 # Full paths where busybox has a lesser program of the same name.
 SCRIPT = r"""
-attach() {  # EXPORT DEVICE; through several connections, as the kernel uses a server that allows it
-    echo "== attach $1"
-    /bin/nbd-client -N "$1" -C 4 10.0.2.2 "$port" "/dev/$2"
-}
-detach() {  # DEVICE; it is free for another export when the kernel has forgotten who set it up
-    /bin/nbd-client -d "/dev/$1"
-    while [ -e "/sys/block/$1/pid" ]; do sleep 0.1; done
-}
+. /functions
 
 echo "== list"
 /bin/nbd-client -l 10.0.2.2 "$port"
 
-attach web1 nbd0
-attach web2 nbd1
+attach web1 nbd0 -C 4
+attach web2 nbd1 -C 4
 echo "== discard"
 cat /sys/block/nbd0/queue/discard_max_bytes
 echo "== work"
@@ -70,7 +63,7 @@ umount /mnt
 detach nbd0
 detach nbd1
 
-attach web1 nbd0
+attach web1 nbd0 -C 4
 echo "== fsck"
 if /bin/e2fsck -fn /dev/nbd0; then echo whole; else echo damaged; fi
 mount -t ext4 -o ro /dev/nbd0 /mnt
@@ -83,12 +76,12 @@ cd /
 umount /mnt
 detach nbd0
 
-attach web2 nbd1
+attach web2 nbd1 -C 4
 echo "== sibling"
 sha256sum /dev/nbd1
 detach nbd1
 
-attach base nbd2
+attach base nbd2 -C 4
 echo "== read-only"
 cat /sys/block/nbd2/ro
 if dd if=/dev/zero of=/dev/nbd2 bs=4096 count=1 conv=notrunc,fsync; then echo written; else echo refused; fi
@@ -107,6 +100,7 @@ class Story:
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     require("busybox-static", "nbd-client", "e2fsprogs", "qemu-system-x86", "seabios", "libnbd-bin")
+    linux = kernel()
     directory = tmp_path_factory.mktemp("nbd-client")
     image = b"".join(map(base_block, range(IMAGE_SIZE // BLOCK_SIZE)))
     (directory / "image.raw").write_bytes(image)
@@ -115,9 +109,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         files = {f"files/{name}": content for name, content in FILES.items()}
         files |= {f"sectors/{sector}": content for sector, content in SECTORS.items()}
         script = f"port={server.port}\n{SCRIPT}"
-        initramfs = write_initramfs(directory / "initramfs", kernel(), script, files)
-        options = ("-kernel", str(kernel().image), "-initrd", str(initramfs), "-append", KERNEL_OPTIONS)
-        with guest(*options, *NETWORK, console=directory / "console.txt") as machine:
+        initramfs = write_initramfs(directory / "initramfs", linux, script, files)
+        with guest(*linux.boots(initramfs), *NETWORK, console=directory / "console.txt") as machine:
             told = machine.wait_until_off(150)
         yield Story(directory, image, server, told)
 

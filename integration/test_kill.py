@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.served import make_pool, served, sha256_of_file
+from integration.served import Served, make_pool, served, sha256_of_file
 from nbdclone.client import Client
 from nbdclone.errors import NBDCloneError
 from nbdclone.store.pool import Pool
@@ -155,3 +155,26 @@ def test_after_every_kill_what_was_flushed_is_there_and_the_rest_is_old_or_new(t
     with Pool.open(pool).open_clone("clone") as clone:
         assert model.wrong_sectors(clone.pread(SECTORS * SECTOR, 0), crashed=False) == []
     assert sha256_of_file(pool / "bases" / "base" / "image") == sha256_of_file(image)
+
+
+@pytest.mark.xfail(strict=True, reason="until a flush, only the server's memory knows where a new block is")
+def test_a_flush_after_a_kill_covers_what_was_acknowledged_before_the_kill(tmp_path: Path) -> None:
+    """A client that reconnects, such as qemu, repeats what was not acknowledged. The rest it takes for written."""
+    image = tmp_path / "image.raw"
+    image.write_bytes(b"".join(content(sector, 1) for sector in range(8)))
+    pool = make_pool(tmp_path / "pool", image, "clone")
+
+    async def write_and_kill(server: Served) -> None:
+        async with await Client.connect(server.uri("clone")) as client:
+            await client.pwrite(content(0, 2), 0)
+            server.kill()
+
+    async def flush_and_read(server: Served) -> bytes:
+        async with await Client.connect(server.uri("clone")) as client:
+            await client.flush()
+            return await client.pread(SECTOR, 0)
+
+    with served(pool) as server:
+        asyncio.run(write_and_kill(server))
+    with served(pool) as server:
+        assert asyncio.run(flush_and_read(server)) == content(0, 2)

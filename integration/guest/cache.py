@@ -6,9 +6,12 @@ import fcntl
 import hashlib
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from integration.packages import give_up
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -18,7 +21,8 @@ def cached(name: str, recipe: list[str], build: Callable[[Path], None]) -> Path:
 
     The recipe is all that says how it is made, such as the text of a module: when it changes, the directory is made
     anew. It is renamed into place when it is complete, so whatever has the final name can be used, and several test
-    runs that want it at the same time wait for one of them to make it.
+    runs that want it at the same time wait for one of them to make it. It is made of Debian's packages: where they
+    cannot be had, the running test is given up.
     """
     cache = Path(os.environ.get("NBDCLONE_TEST_CACHE") or REPOSITORY / ".cache" / "integration")
     digest = hashlib.sha256("\0".join(recipe).encode()).hexdigest()[:12]
@@ -30,6 +34,9 @@ def cached(name: str, recipe: list[str], build: Callable[[Path], None]) -> Path:
             for left_by_a_killed_run in cache.glob(f"{name}.unfinished-*"):
                 shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
             unfinished = Path(tempfile.mkdtemp(prefix=f"{name}.unfinished-", dir=cache))
-            build(unfinished)
+            try:
+                build(unfinished)
+            except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+                give_up(f"the {name} for guests cannot be made on this machine: {error}")
             unfinished.rename(finished)
     return finished

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import stat
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from integration.guest.kernel import Kernel
@@ -14,29 +14,40 @@ from integration.packages import program
 PROGRAMS = ("busybox", "dd", "nbd-client", "mke2fs", "e2fsck")
 MODULES = ("virtio_pci", "virtio_net", "nbd", "crc32c_generic", "ext4")
 INIT = Path(__file__).with_name("init")
+FUNCTIONS = Path(__file__).with_name("functions")
 
 
-def write_initramfs(path: Path, kernel: Kernel, script: str, files: Mapping[str, bytes] | None = None) -> Path:
+def write_initramfs(
+    path: Path,
+    kernel: Kernel,
+    script: str,
+    files: Mapping[str, bytes] | None = None,
+    *,
+    programs: Iterable[str] = (),
+    modules: Iterable[str] = (),
+) -> Path:
     """Write an initramfs whose init sets up the network and runs `script` with `sh -e`.
 
-    The guest reaches this machine's 127.0.0.1 as 10.0.2.2. `files` are put beside, under the names given.
+    The guest reaches this machine's 127.0.0.1 as 10.0.2.2. `files` are put beside, under the names given; `programs`
+    and `modules` are those that it needs besides the usual ones.
     """
     archive = Archive()
     archive.device("dev/console", 5, 1)
     archive.file("init", INIT.read_bytes())
+    archive.file("functions", FUNCTIONS.read_bytes())
     archive.file("script", script.encode())
     for name, content in (files or {}).items():
         archive.file(name, content)
-    for name in PROGRAMS:
+    for name in (*PROGRAMS, *programs):
         executable = Path(program(name))
         archive.file(f"bin/{name}", executable.read_bytes())
         for library in _libraries(executable):
             archive.file(str(library).lstrip("/"), library.read_bytes())
     archive.file("etc/mke2fs.conf", Path("/etc/mke2fs.conf").read_bytes())
-    modules = kernel.load_order(*MODULES)
-    for module in modules:
+    order = kernel.load_order(*MODULES, *modules)
+    for module in order:
         archive.file(f"modules/{module.name}", module.read_bytes())
-    archive.file("modules/order", "\n".join(module.name for module in modules).encode())
+    archive.file("modules/order", "\n".join(module.name for module in order).encode())
     path.write_bytes(archive.finish())
     return path
 

@@ -10,12 +10,17 @@ from functools import cache
 from pathlib import Path
 
 from integration.guest.cache import cached
+from integration.guest.qemu import KERNEL_OPTIONS
 
 
 @dataclass(frozen=True)
 class Kernel:
     image: Path
     modules: Path  # the directory with modules.builtin and, below it, the modules
+
+    def boots(self, initramfs: Path) -> tuple[str, ...]:
+        """The options of qemu that start it."""
+        return ("-kernel", str(self.image), "-initrd", str(initramfs), "-append", KERNEL_OPTIONS)
 
     def load_order(self, *names: str) -> list[Path]:
         """The files of these modules and of those they need, each after what it needs.
@@ -63,6 +68,8 @@ def _fetch(directory: Path) -> None:
     (archive,) = directory.glob("*.deb")
     _run("dpkg-deb", "-x", str(archive), str(directory))
     archive.unlink()
+    if not any(directory.rglob("*.ko")):
+        raise RuntimeError(f"the modules in {archive.name} are compressed, as in Debian 13 and later")
 
 
 def _current_package() -> str:

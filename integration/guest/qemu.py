@@ -14,9 +14,10 @@ from integration.packages import program
 
 # KVM is not used even where it is offered: nested in another machine it may hang, and a guest takes seconds without it.
 # What is not asked for is left out, so that the firmware has little to look for. Without a graphics card it speaks
-# on the serial port, where what it says is kept.
+# on the serial port, where what it says is kept. With an instruction for random numbers, whoever needs one soon after
+# the boot does not wait for seconds until the kernel has found some by itself.
 MACHINE = (
-    *("-machine", "pc,accel=tcg,graphics=off"),
+    *("-machine", "pc,accel=tcg,graphics=off", "-cpu", "qemu64,+rdrand"),
     *("-m", "512", "-nodefaults", "-no-user-config", "-no-reboot"),
     *("-display", "none", "-monitor", "none"),
 )
@@ -63,12 +64,20 @@ class Guest:
         """Wait until the guest has done its work and has powered itself off."""
         return self._wait(lambda: self._process.poll() == 0 and self._is_done(), deadline_s)
 
+    def wait_until_said(self, is_enough: Callable[[str], bool], deadline_s: float) -> None:
+        """Wait until what the guest has said so far is enough."""
+        self._wait(lambda: is_enough(self.said()), deadline_s)
+
+    def said(self) -> str:
+        """What it has written on its console so far."""
+        return self._console.read_text(errors="replace").replace("\r", "")
+
     def _wait(self, happened: Callable[[], bool], deadline_s: float) -> Told:
         deadline = time.monotonic() + deadline_s
         while True:
             is_off = self._process.poll() is not None
             if happened():
-                return Told(self._said())
+                return Told(self.said())
             if is_off:
                 raise self._error(f"qemu exited with status {self._process.returncode} and the work is not done")
             if time.monotonic() > deadline:
@@ -76,14 +85,11 @@ class Guest:
             time.sleep(0.05)
 
     def _is_done(self) -> bool:
-        return re.search(r"^guest ended with status 0$", self._said(), re.M) is not None
-
-    def _said(self) -> str:
-        return self._console.read_text(errors="replace").replace("\r", "")
+        return re.search(r"^guest ended with status 0$", self.said(), re.M) is not None
 
     def _error(self, what: str) -> GuestError:
         complaints = self._complaints.read_text(errors="replace")
-        return GuestError(f"{what}\n{complaints}\nThe end of its console:\n{self._said()[-4000:]}")
+        return GuestError(f"{what}\n{complaints}\nThe end of its console:\n{self.said()[-4000:]}")
 
 
 @contextmanager
