@@ -7,9 +7,29 @@ from pathlib import Path
 
 import pytest
 
-from integration.clients.programs import uri, write_image
+from integration import backports
+from integration.clients.programs import INSTALLED_QEMU, Qemu, uri, write_image
 from integration.packages import require
 from integration.served import Served, make_pool, nbdclone, save_export, served, sha256_of_file
+
+
+@pytest.fixture(scope="session")
+def newer_qemu() -> Qemu:
+    """From 8.2 on, with extended headers."""
+    try:
+        backports.newer_qemu("qemu-img")
+    except backports.Unavailable as error:
+        pytest.skip(str(error))
+    return Qemu(backports.newer_qemu)
+
+
+@pytest.fixture(params=["installed", "newer"], scope="module")
+def qemu(request: pytest.FixtureRequest) -> Qemu:
+    if request.param == "newer":
+        newer: Qemu = request.getfixturevalue("newer_qemu")
+        return newer
+    require("qemu-utils")
+    return INSTALLED_QEMU
 
 
 @pytest.fixture(scope="module")

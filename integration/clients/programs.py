@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import socket
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from integration.packages import program, require
@@ -44,17 +47,55 @@ def uri(server: Served, export: str, way: str = "unix") -> str:
     return f"nbd+unix:///{export}?socket={server.socket}"
 
 
-def qemu_io(there: str, *commands: str, qemu_io: Sequence[str] = ()) -> str:
-    """Run qemu-io's commands one after the other, by the installed qemu-io or another; what it printed."""
-    command = [*(qemu_io or [program("qemu-io")]), "-f", "raw"]
-    for each in commands:
-        command += ["-c", each]
-    done = run_command([*command, there])
-    assert "failed" not in done.stdout, done.stdout  # a pattern that is not there does not make its status 1
-    return done.stdout
+class Qemu:
+    """One version of qemu's programs."""
+
+    def __init__(self, command: Callable[[str], list[str]]) -> None:
+        self.command = command
+        """From a program's name to the words that run it."""
+
+    def img(self, *args: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return run_command([*self.command("qemu-img"), *map(str, args)], check=check)
+
+    def io(self, there: str, *commands: str, trace: str = "") -> subprocess.CompletedProcess[str]:
+        """Run qemu-io's commands one after the other; every pattern has to be found, and every request answered."""
+        words = [word for command in commands for word in ("-c", command)]
+        traced = ["--trace", trace] if trace else []
+        done = run_command([*self.command("qemu-io"), *traced, "-f", "raw", *words, there])
+        for complaint in ("failed", "cannot", "error", "invalid"):  # none of which make its status 1
+            assert complaint not in done.stdout, done.stdout
+        return done
+
+
+INSTALLED_QEMU = Qemu(lambda name: [program(name)])
 
 
 def nbdsh(there: str, script: str) -> str:
     """Run a script with ``h``, a handle that is not connected yet, and ``uri``; what it printed."""
     require("python3-libnbd")
     return run_command(["/usr/bin/python3", "-c", f"import nbd\nh = nbd.NBD()\nuri = {there!r}\n{script}"]).stdout
+
+
+@contextmanager
+def listening(path: Path, *command: str) -> Iterator[None]:
+    """A server that somebody else wrote, on the Unix socket ``path`` for as long as the body runs."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + DEADLINE_S
+        while not accepts(path):
+            assert process.poll() is None, f"{command} ended with status {process.returncode}"
+            assert time.monotonic() < deadline, f"{command} did not start in {DEADLINE_S} s"
+            time.sleep(0.02)
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(DEADLINE_S)
+        finally:
+            process.kill()
+
+
+def accepts(path: Path) -> bool:
+    """Whether somebody listens there; the file alone appears before that."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.clients.programs import MIB, SIZE, WAYS, qemu_io, run, uri, write_image
+from integration.clients.programs import INSTALLED_QEMU, MIB, SIZE, WAYS, run, uri, write_image
 from integration.packages import require
 from integration.served import Served, make_pool, save_export, served, sha256_of_file
 
@@ -64,8 +64,8 @@ def test_a_clone_goes_to_another_clone(
     clone, other = next(clones), next(clones)
     source, destination = uri(server, clone, there_way), uri(server, other, back_way)
     run("nbdcopy", content, source)
-    qemu_io(source, "write -P 7 5M 3M", "discard 20M 2M")
-    qemu_io(destination, "write -P 9 0 32M")  # none of which may be left
+    INSTALLED_QEMU.io(source, "write -P 7 5M 3M", "discard 20M 2M")
+    INSTALLED_QEMU.io(destination, "write -P 9 0 32M")  # none of which may be left
     run("nbdcopy", CONNECTIONS, "--flush", source, destination)
     assert bytes_allocated(destination) == bytes_allocated(source)
     check_content(server, other, save_export(source, directory / "source.raw"), directory)
@@ -98,7 +98,7 @@ def test_a_destination_that_is_zero_is_told_no_zeros(
 ) -> None:
     require("qemu-utils")
     there = uri(server, clone)
-    qemu_io(there, "discard 0 32M")
+    INSTALLED_QEMU.io(there, "discard 0 32M")
     run("nbdcopy", CONNECTIONS, "--flush", "--destination-is-zero", content, there)
     check_content(server, clone, content, directory)
     assert bytes_allocated(there) == bytes_of_data(content)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from integration.clients.programs import MIB, SIZE, WAYS, qemu_io, run, uri
+from integration.clients.programs import INSTALLED_QEMU, MIB, SIZE, WAYS, run, uri
 from integration.packages import require
 from integration.served import Served
 
@@ -131,7 +131,7 @@ def test_nbdinfo_adds_up_how_much_is_the_clones_own(
 ) -> None:
     require("qemu-utils")
     there = uri(server, clone, way)
-    qemu_io(there, "write -P 7 1M 2M", "discard 8M 1M")
+    INSTALLED_QEMU.io(there, "write -P 7 1M 2M", "discard 8M 1M")
     told = json.loads(run("nbdinfo", f"--map={context}", "--totals", "--json", there).stdout)
     assert {each["type"]: each["size"] for each in told} == totals
 
