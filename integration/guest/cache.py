@@ -16,8 +16,10 @@ from integration.packages import give_up
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def cached(name: str, recipe: list[str], build: Callable[[Path], None]) -> Path:
-    """The directory that `build` filled, now or in an earlier run.
+def cached(
+    name: str, recipe: list[str], build: Callable[[Path], None], works: Callable[[Path], bool] = Path.exists
+) -> Path:
+    """The directory that `build` filled, now or in an earlier run; anew when what an earlier run left does not work.
 
     The recipe is all that says how it is made, such as the text of a module: when it changes, the directory is made
     anew. It is renamed into place when it is complete, so whatever has the final name can be used, and several test
@@ -30,6 +32,8 @@ def cached(name: str, recipe: list[str], build: Callable[[Path], None]) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if finished.exists() and not works(finished):
+            shutil.rmtree(finished)
         if not finished.exists():
             for left_by_a_killed_run in cache.glob(f"{name}.unfinished-*"):
                 shutil.rmtree(left_by_a_killed_run, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""The programs that people use with NBD, each over a real socket, against `nbdclone serve`."""
