@@ -13,12 +13,13 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nbdclone.errors import InUse
+from nbdclone.errors import InUse, StorageError
 
 # From linux/falloc.h.
 FALLOC_FL_KEEP_SIZE = 0x01
@@ -27,6 +28,11 @@ FALLOC_FL_ZERO_RANGE = 0x10
 
 # From linux/fs.h: share the extents of a whole file (btrfs, XFS, bcachefs).
 FICLONE = 0x40049409
+
+# What an open says of a name that no file of ours stands at, or one that this user may not have.
+_NO_FILE = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EOVERFLOW)
+)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -59,6 +65,22 @@ class FileSystem:
     fadvise = staticmethod(os.posix_fadvise)
     allocate = staticmethod(os.posix_fallocate)
     remove_tree = staticmethod(shutil.rmtree)
+
+    def open_file(self, path: str | Path, flags: int) -> int:
+        """Open a file that must be there and must be a file. Raises FileNotFoundError, StorageError, OSError.
+
+        Whatever stands at a pool's names is not to be waited for (a FIFO) nor to be taken for data (a device).
+        """
+        try:
+            fd = self.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
+            raise StorageError(f"{path}: cannot be opened ({os.strerror(error.errno)})") from None
+        if not stat.S_ISREG(self.fstat(fd).st_mode):
+            self.close(fd)
+            raise StorageError(f"{path}: cannot be opened (not a regular file)")
+        return fd
 
     # What preadv takes in order to answer EAGAIN rather than wait for the disk (man 2 preadv2).
     NOWAIT: int = os.RWF_NOWAIT

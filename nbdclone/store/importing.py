@@ -29,6 +29,7 @@ from nbdclone.store.image import (
     fingerprint_of,
     read_manifest,
     save,
+    take_samples,
 )
 from nbdclone.store.layer import MAX_SIZE, MIN_SIZE, SECTOR_SIZE, zero_runs
 from nbdclone.store.probe import claimed_size
@@ -74,8 +75,14 @@ def import_image(
         os.close(source_fd)
     _write_manifest(directory / "manifest", hashes, size, fs)
     fingerprint = fingerprint_of(size, read_manifest(directory / "manifest", size))
+    fd = fs.open(target, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        samples = take_samples(fd, size)
+        identity = Identity.of(fs.fstat(fd))
+    finally:
+        fs.close(fd)
     record = BaseRecord(
-        uuid.uuid4().bytes, size, fingerprint, time.time_ns(), str(source.absolute()), Identity.of(os.stat(target))
+        uuid.uuid4().bytes, size, fingerprint, time.time_ns(), str(source.absolute()), identity, samples
     )
     save(directory / "base.json", record.dump(), fs)
     return record

@@ -329,7 +329,7 @@ class Pool:
         for name in os.listdir(self._tmp):
             path = self._tmp / name
             with contextlib.suppress(OSError):
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     self._fs.remove_tree(path, ignore_errors=True)
@@ -391,9 +391,13 @@ class Pool:
         """Lock what is about to be removed, so that nobody has it open and nobody opens it."""
         kind, file = ("base", "image") if place.parent == self._bases else ("clone", "delta")
         try:
-            fd = self._fs.open(place / file, os.O_RDONLY | os.O_CLOEXEC)
+            fd = self._fs.open_file(place / file, os.O_RDONLY)
         except FileNotFoundError:
             return  # a damaged one may be removed too
+        except StorageError:
+            if (place / file).is_file():  # it may be open elsewhere, and this user cannot see
+                raise
+            return
         held.callback(self._fs.close, fd)
         self._fs.lock(fd, place / file, f"{kind} '{name}'")
 
@@ -430,7 +434,7 @@ class Pool:
     def _clone_info(self, name: str, bases: dict[bytes, str], locks: dict[tuple[int, int], int]) -> CloneInfo:
         path = self._clones / name / "delta"
         try:
-            fd = self._fs.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = self._fs.open_file(path, os.O_RDONLY)
             try:
                 header = read_header(fd, str(path), self._fs)
                 status = self._fs.fstat(fd)
