@@ -207,6 +207,30 @@ def _renew(directory: Path, record: BaseRecord, fs: FileSystem) -> None:
             raise
 
 
+def thaw(fs: FileSystem, image: Path, name: str) -> None:
+    """Make an image removable that was imported as immutable. Raises StorageError if this user may not."""
+    with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as held:
+        try:
+            fd = fs.open_file(image, os.O_RDONLY)
+        except StorageError:
+            return  # no image
+        held.callback(fs.close, fd)
+        if not fs.is_immutable(fd):
+            return
+        try:
+            fs.set_immutable(fd, False)
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise StorageError(f"base '{name}' is immutable ({reason}): only root can remove it") from None
+
+
+def thaw_bases(fs: FileSystem, directory: Path) -> None:
+    """The same for all bases in a directory of ``.tmp``, as far as this user may."""
+    for image in directory.glob("*/image"):
+        with contextlib.suppress(StorageError):
+            thaw(fs, image, image.parent.name)
+
+
 def save(path: Path, content: bytes, fs: FileSystem = FILE_SYSTEM) -> None:
     """Put ``content`` in the file's place atomically: a crash leaves the old file or the new one, whole."""
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")  # of our own: another may save the same now

@@ -37,7 +37,7 @@ from nbdclone.errors import (
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta, Header, read_header
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem, describe_process, lock_holders
-from nbdclone.store.image import BaseRecord, Identity, Image, Progress
+from nbdclone.store.image import BaseRecord, Identity, Image, Progress, thaw, thaw_bases
 from nbdclone.store.importing import import_image
 from nbdclone.store.layer import MAX_SIZE, MIN_SIZE, SECTOR_SIZE
 
@@ -72,6 +72,11 @@ class CloneInfo:
     parent: str
     in_use_by: str | None = None
     error: str | None = None
+
+
+def is_name(text: str) -> bool:
+    """Can a base or clone be called that?"""
+    return _NAME.fullmatch(text) is not None
 
 
 def validate_name(name: str) -> None:
@@ -123,12 +128,14 @@ class Pool:
         name: str | None = None,
         *,
         force: bool = False,
+        immutable: bool = False,
         progress: Progress | None = None,
     ) -> BaseInfo:
         """Make a base from an image file or block device.
 
-        ``name``: else the file's name up to its last dot. ``force``: although the image seems truncated. ``progress``
-        is called with bytes done and bytes in all. Raises UsageError and its children, StorageError.
+        ``name``: else the file's name up to its last dot. ``force``: although the image seems truncated. ``immutable``:
+        with the file system's flag that forbids everybody to change or remove it, which takes root. ``progress`` is
+        called with bytes done and bytes in all. Raises UsageError and its children, StorageError.
         """
         source = Path(source)
         name = source.stem if name is None else name
@@ -137,7 +144,7 @@ class Pool:
         with self._no_space_left(f"import of {source}"), self._staging() as staging:
             draft = staging / name
             self._fs.mkdir(draft)
-            import_image(source, draft, self._fs, force=force, progress=progress)
+            import_image(source, draft, self._fs, force=force, immutable=immutable, progress=progress)
             self._fs.sync_directory(draft)
             with self._changing():
                 self._require_free([name])
@@ -194,6 +201,8 @@ class Pool:
                     self._refuse_dependants(names)
                 for name, place in zip(names, places, strict=True):
                     self._hold(name, place, held)
+                for name, place in zip(names, places, strict=True):
+                    thaw(self._fs, place / "image", name)
                 # Clones before bases: a power cut in between leaves no clone without its base.
                 clones = [(place, trash / place.name) for place in places if place.parent == self._clones]
                 bases = [(place, trash / place.name) for place in places if place.parent == self._bases]
@@ -321,6 +330,7 @@ class Pool:
         try:
             yield path
         finally:
+            thaw_bases(self._fs, path)
             self._fs.remove_tree(path, ignore_errors=True)
             os.close(fd)
 
@@ -332,6 +342,7 @@ class Pool:
                 fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    thaw_bases(self._fs, path)
                     self._fs.remove_tree(path, ignore_errors=True)
                 finally:
                     os.close(fd)
