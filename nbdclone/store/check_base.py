@@ -78,7 +78,7 @@ class BaseExamination:
     def run(self) -> Iterator[Finding]:
         """Look, and with ``repair`` put right what has one right answer. Raises OSError."""
         problem = self._load_record()
-        if problem and problem.kind == "newer-format":
+        if problem and problem.kind in ("newer-format", "unreadable"):
             yield problem
             return
         try:
@@ -118,6 +118,8 @@ class BaseExamination:
         except NotFound:
             return self._finding("record-missing", "its base.json is missing", self._json, self._how_to_rebuild())
         except StorageError as error:
+            if _is_replaceable(self._json) and not os.access(self._json, os.R_OK):
+                return self._finding("unreadable", str(error), self._json, "see to who may read it")
             return self._finding("record-damaged", str(error), self._json, self._how_to_rebuild())
         return None
 
@@ -325,7 +327,7 @@ class BaseExamination:
 
     def _keep(self, path: Path) -> str | None:
         """A second name for the file that is about to be replaced: it costs nothing, and keeps all of it."""
-        kept = kept_name(path)
+        kept = kept_name(path, self._fs)
         try:
             self._fs.link(path, kept)
         except FileNotFoundError:

@@ -18,11 +18,15 @@ from nbdclone.store.layer import BLOCK_SIZE
 KEPT = ".before-repair-"
 
 
-def kept_name(path: Path) -> Path:
+def kept_name(path: Path, fs: FileSystem) -> Path:
     """Where the bytes of ``path`` are kept: the first number that is free."""
-    return next(
-        kept for number in itertools.count(1) if not (kept := path.with_name(f"{path.name}{KEPT}{number}")).exists()
-    )
+    for number in itertools.count(1):
+        kept = path.with_name(f"{path.name}{KEPT}{number}")
+        try:
+            fs.stat(kept)
+        except FileNotFoundError:
+            return kept
+    raise AssertionError("there is always another number")
 
 
 def keep(path: Path, size: int, pieces: Sequence[tuple[int, bytes]], why: Sequence[str], fs: FileSystem) -> Path:
@@ -39,7 +43,7 @@ def keep(path: Path, size: int, pieces: Sequence[tuple[int, bytes]], why: Sequen
         "why": list(why),
         "pieces": [{"offset": offset, "length": len(piece)} for offset, piece in pieces],
     }
-    kept = kept_name(path)
+    kept = kept_name(path, fs)
     save(kept, json.dumps(about).encode() + b"\n" + b"".join(piece for _, piece in pieces), fs)
     return kept
 
