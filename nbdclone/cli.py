@@ -116,10 +116,16 @@ def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="raw, qcow2, vmdk, vhdx, vdi, or a block device")],
     name: Annotated[str | None, typer.Option("--name", help="Default: the file's name.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Import it although it seems truncated.")] = False,
+    immutable: Annotated[
+        bool,
+        typer.Option(
+            "--immutable", help="Nobody can change or remove it but through 'nbdclone rm' (takes root; rm -rf fails)."
+        ),
+    ] = False,
 ) -> None:
     """Make a base from an image file."""
     with _progress(f"importing {file.name}") as progress:
-        info = _pool(create=True).import_base(file, name, force=force, progress=progress)
+        info = _pool(create=True).import_base(file, name, force=force, immutable=immutable, progress=progress)
     print(f"base '{info.name}': {show_size(info.size)}, {show_size(info.allocated)} on disk")
 
 
@@ -210,6 +216,35 @@ def info(name: str, as_json: Json = False) -> None:
     for key, value in shown.items():
         if value is not None:
             print(f"{key.replace('_', ' ') + ':':{width}}{value}")
+
+
+@app.command()
+def check(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Clones and bases (default: the pool).")
+    ] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Read the whole content of the bases.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Put right what has one right answer; keep the bytes as they were.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Find what is wrong with the files; exit status 1 if anything is, and was not repaired."""
+    from nbdclone.store.check import as_record, check_pool, is_clean
+
+    pool = _pool()
+    with _progress("reading bases") as progress:
+        findings = list(check_pool(pool.path, names or (), deep=deep, repair=repair, progress=progress))
+    if as_json:
+        _print_json([as_record(finding) for finding in findings])
+    else:
+        for finding in findings:
+            print(finding)
+        wrong = [finding for finding in findings if finding.level == "wrong"]
+        left = [finding for finding in wrong if not finding.repaired]
+        print("all is well" if not wrong else f"{len(wrong)} wrong, {len(wrong) - len(left)} of them repaired")
+    if not is_clean(findings):
+        raise typer.Exit(1)
 
 
 @app.command()

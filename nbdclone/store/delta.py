@@ -200,7 +200,7 @@ class Delta:
         Costs the same whatever its size. Raises NotFound, InUse, CorruptDelta, UnsupportedFormat.
         """
         try:
-            fd = fs.open(path, os.O_RDWR | os.O_CLOEXEC)
+            fd = fs.open_file(path, os.O_RDWR)
         except FileNotFoundError:
             raise NotFound(f"{what} is not there ({path})") from None
         try:

@@ -13,12 +13,13 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nbdclone.errors import InUse
+from nbdclone.errors import InUse, StorageError
 
 # From linux/falloc.h.
 FALLOC_FL_KEEP_SIZE = 0x01
@@ -27,6 +28,15 @@ FALLOC_FL_ZERO_RANGE = 0x10
 
 # From linux/fs.h: share the extents of a whole file (btrfs, XFS, bcachefs).
 FICLONE = 0x40049409
+# And the flags of a file, as chattr sets them: a long in the number of the call, an int in what is passed.
+FS_IOC_GETFLAGS = 0x80086601
+FS_IOC_SETFLAGS = 0x40086602
+FS_IMMUTABLE_FL = 0x10
+
+# What an open says of a name that no file of ours stands at, or one that this user may not have.
+_NO_FILE = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EOVERFLOW)
+)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -52,6 +62,7 @@ class FileSystem:
     stat = staticmethod(os.stat)
     fchmod = staticmethod(os.fchmod)
     rename = staticmethod(os.rename)
+    link = staticmethod(os.link)
     mkdir = staticmethod(os.mkdir)
     lseek = staticmethod(os.lseek)
     datasync = staticmethod(os.fdatasync)
@@ -59,6 +70,22 @@ class FileSystem:
     fadvise = staticmethod(os.posix_fadvise)
     allocate = staticmethod(os.posix_fallocate)
     remove_tree = staticmethod(shutil.rmtree)
+
+    def open_file(self, path: str | Path, flags: int) -> int:
+        """Open a file that must be there and must be a file. Raises FileNotFoundError, StorageError, OSError.
+
+        Whatever stands at a pool's names is not to be waited for (a FIFO) nor to be taken for data (a device).
+        """
+        try:
+            fd = self.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
+            raise StorageError(f"{path}: cannot be opened ({os.strerror(error.errno)})") from None
+        if not stat.S_ISREG(self.fstat(fd).st_mode):
+            self.close(fd)
+            raise StorageError(f"{path}: cannot be opened (not a regular file)")
+        return fd
 
     # What preadv takes in order to answer EAGAIN rather than wait for the disk (man 2 preadv2).
     NOWAIT: int = os.RWF_NOWAIT
@@ -108,6 +135,21 @@ class FileSystem:
         except OSError:
             return False
         return True
+
+    def is_immutable(self, fd: int) -> bool:
+        """Has the file the flag that forbids everybody to change or remove it? False where there is no such flag."""
+        try:
+            return bool(self._flags(fd) & FS_IMMUTABLE_FL)
+        except OSError:
+            return False
+
+    def set_immutable(self, fd: int, immutable: bool) -> None:
+        """Set or clear that flag. Raises OSError: only root may, and not every file system has it."""
+        flags = self._flags(fd) & ~FS_IMMUTABLE_FL | (FS_IMMUTABLE_FL if immutable else 0)
+        fcntl.ioctl(fd, FS_IOC_SETFLAGS, flags.to_bytes(4, sys.byteorder))
+
+    def _flags(self, fd: int) -> int:
+        return int.from_bytes(fcntl.ioctl(fd, FS_IOC_GETFLAGS, bytes(4)), sys.byteorder)
 
     def sync_directory(self, path: Path) -> None:
         """Make the directory's entries durable: a file that was synced is not there until its name is."""
@@ -183,19 +225,19 @@ def data_and_holes(fs: FileSystem, fd: int, start: int, stop: int, unit: int) ->
     move the descriptor's position: nobody else may use that, and two at once do not mind each other.
     """
     while start < stop:
-        data = min(_seek(fs, fd, start, os.SEEK_DATA, otherwise=start), stop)
+        data = min(seek_extent(fs, fd, start, os.SEEK_DATA, otherwise=start), stop)
         data = max(data - data % unit, start) if data < stop else stop
         if data > start:
             yield True, data
         if data < stop:
-            hole = _seek(fs, fd, data - data % unit + unit - 1, os.SEEK_HOLE, otherwise=stop)
+            hole = seek_extent(fs, fd, data - data % unit + unit - 1, os.SEEK_HOLE, otherwise=stop)
             start = min(hole + -hole % unit, stop)
             yield False, start
         else:
             start = stop
 
 
-def _seek(fs: FileSystem, fd: int, position: int, whence: int, otherwise: int) -> int:
+def seek_extent(fs: FileSystem, fd: int, position: int, whence: int, otherwise: int) -> int:
     """Where data or a hole begins, at ``position`` or behind it; ``otherwise`` if the file system cannot say."""
     try:
         return fs.lseek(fd, position, whence)

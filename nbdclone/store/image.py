@@ -7,19 +7,20 @@ A base is a directory of the pool:
     base.json  its id, size, fingerprint, and the identity of the image file when it was last known to be right
 
 The fingerprint is the BLAKE3 hash of the size and the manifest: it names the content. Hashing the content at each open
-would make opening linear in what is not touched; so the file's identity (size, inode, mtime, ctime) is compared, and
-only where that differs is the content hashed and compared.
+would make opening linear in what is not touched; so the file's identity (size, inode, mtime, ctime) and eight sampled
+blocks are compared, and only where one differs is the content hashed and compared.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,17 @@ from blake3 import blake3
 
 from nbdclone.errors import BaseChanged, NotFound, StorageError, UnsupportedFormat
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem
-from nbdclone.store.layer import BLOCKS_PER_SEGMENT, block_count, is_zero, uniform
+from nbdclone.store.layer import BLOCK_SIZE, BLOCKS_PER_SEGMENT, MAX_SIZE, block_count, is_zero, uniform
 
 FORMAT = 1
 # Large enough that the manifest of a 1 TiB base is 8 MiB, small enough that a mismatch names a place worth naming.
 CHUNK_SIZE = 4 << 20
 HASH_SIZE = 32
 ZERO_CHUNK = bytes(HASH_SIZE)
-# base.json is a few hundred bytes; a larger one is not ours.
+# base.json is about a thousand bytes; a larger one is not ours.
 MAX_RECORD_SIZE = 1 << 16
+# Blocks that each open compares, against damage that the file system knows nothing of: 20 us when they are in memory.
+SAMPLES = 8
 
 # Held while content is hashed: many clones of a base may be opened at once.
 _verifying = threading.RLock()
@@ -59,8 +62,35 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
+class Samples:
+    """Some blocks of the image, and the hash of them all in their order: BLAKE3, in hex. The last may be shorter."""
+
+    offsets: tuple[int, ...]
+    hash: str
+
+    @classmethod
+    def take(cls, fd: int, offsets: Sequence[int]) -> Samples:
+        whole = blake3()
+        for offset in offsets:
+            whole.update(os.pread(fd, BLOCK_SIZE, offset))
+        return cls(tuple(offsets), whole.hexdigest())
+
+    @classmethod
+    def load(cls, fields: dict[str, Any] | None) -> Samples | None:
+        if fields is None:
+            return None
+        offsets = tuple(int(offset) for offset in fields["offsets"])
+        if len(offsets) > SAMPLES or not all(0 <= offset <= MAX_SIZE for offset in offsets):
+            raise ValueError("places beyond any image")
+        return cls(offsets, str(fields["hash"]))
+
+
+@dataclass(frozen=True, slots=True)
 class BaseRecord:
-    """What ``base.json`` holds. ``size`` is in bytes, ``created`` in ns of Unix time."""
+    """What ``base.json`` holds. ``size`` is in bytes, ``created`` in ns of Unix time.
+
+    A record that was made before there were samples has none.
+    """
 
     id: bytes
     size: int
@@ -68,6 +98,7 @@ class BaseRecord:
     created: int
     source: str
     identity: Identity
+    samples: Samples | None = None
 
     def dump(self) -> bytes:
         fields = asdict(self) | {"format": FORMAT, "id": self.id.hex(), "fingerprint": self.fingerprint.hex()}
@@ -77,7 +108,7 @@ class BaseRecord:
     def load(cls, path: Path) -> BaseRecord:
         """Read and check a record. Raises NotFound, UnsupportedFormat or StorageError."""
         try:
-            with open(path, "rb") as file:
+            with open(FILE_SYSTEM.open_file(path, os.O_RDONLY), "rb") as file:
                 fields: dict[str, Any] = json.loads(file.read(MAX_RECORD_SIZE))
             if fields["format"] > FORMAT:
                 raise UnsupportedFormat(
@@ -90,11 +121,18 @@ class BaseRecord:
                 created=int(fields["created"]),
                 source=str(fields["source"]),
                 identity=Identity(**{name: int(fields["identity"][name]) for name in Identity.__slots__}),
+                samples=Samples.load(fields.get("samples")),
             )
         except FileNotFoundError:
             raise NotFound(f"{path}: no such base") from None
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise StorageError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise StorageError(f"{path}: damaged ({type(error).__name__}: {' '.join(str(error).split())})") from None
+
+    def is_known(self, fd: int, identity: Identity) -> bool:
+        """Is the image, as far as can be told without reading it all, the one that was known to be right?"""
+        if identity != self.identity or identity.size != self.size:
+            return False
+        return self.samples is None or Samples.take(fd, self.samples.offsets) == self.samples
 
 
 def _exactly(length: int, text: str) -> bytes:
@@ -121,13 +159,13 @@ class Image:
     def open(cls, name: str, directory: Path, fs: FileSystem = FILE_SYSTEM) -> Image:
         """Open a base and see that it is what was imported.
 
-        Costs two system calls when the file's identity is the recorded one, a hash of the content otherwise (after
-        the pool was copied, say). Raises NotFound, StorageError, or BaseChanged with the difference.
+        Costs a dozen system calls when the file's identity and its samples are the recorded ones, a hash of the content
+        otherwise (after the pool was copied, say). Raises NotFound, StorageError, or BaseChanged with the difference.
         """
         record = BaseRecord.load(directory / "base.json")
         path = directory / "image"
         try:
-            fd = fs.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = fs.open_file(path, os.O_RDONLY)
         except FileNotFoundError:
             raise BaseChanged(f"base '{name}' is not there any more: {path} is missing") from None
         try:
@@ -136,12 +174,12 @@ class Image:
             if not fs.still_there(path, status):
                 raise BaseChanged(f"base '{name}' was removed or replaced just now ({path})")
             identity = Identity.of(status)
-            if identity != record.identity or identity.size != record.size:
+            if not record.is_known(fd, identity):
                 with _verifying:  # one hashes; the others find what it recorded
                     record = BaseRecord.load(directory / "base.json")
-                    if identity != record.identity or identity.size != record.size:
+                    if not record.is_known(fd, identity):
                         _verify(fd, name, directory, record)
-                        record = replace(record, identity=identity)
+                        record = replace(record, identity=identity, samples=take_samples(fd, record.size))
                         _renew(directory, record, fs)
         except BaseException:
             fs.close(fd)
@@ -169,6 +207,30 @@ def _renew(directory: Path, record: BaseRecord, fs: FileSystem) -> None:
             raise
 
 
+def thaw(fs: FileSystem, image: Path, name: str) -> None:
+    """Make an image removable that was imported as immutable. Raises StorageError if this user may not."""
+    with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as held:
+        try:
+            fd = fs.open_file(image, os.O_RDONLY)
+        except StorageError:
+            return  # no image
+        held.callback(fs.close, fd)
+        if not fs.is_immutable(fd):
+            return
+        try:
+            fs.set_immutable(fd, False)
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise StorageError(f"base '{name}' is immutable ({reason}): only root can remove it") from None
+
+
+def thaw_bases(fs: FileSystem, directory: Path) -> None:
+    """The same for all bases in a directory of ``.tmp``, as far as this user may."""
+    for image in directory.glob("*/image"):
+        with contextlib.suppress(StorageError):
+            thaw(fs, image, image.parent.name)
+
+
 def save(path: Path, content: bytes, fs: FileSystem = FILE_SYSTEM) -> None:
     """Put ``content`` in the file's place atomically: a crash leaves the old file or the new one, whole."""
     draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}.new")  # of our own: another may save the same now
@@ -185,6 +247,11 @@ def save(path: Path, content: bytes, fs: FileSystem = FILE_SYSTEM) -> None:
             os.unlink(draft)
         raise
     fs.sync_directory(path.parent)
+
+
+def chunk_count(size: int) -> int:
+    """How many chunks an image of ``size`` bytes has; the last may be shorter."""
+    return -(-size // CHUNK_SIZE)
 
 
 def fingerprint_of(size: int, manifest: Iterator[bytes]) -> bytes:
@@ -232,10 +299,52 @@ def hash_image(fd: int, size: int, progress: Progress | None = None) -> Iterator
 
 def read_manifest(path: Path, size: int) -> Iterator[bytes]:
     """The hashes of a manifest file in order; a file that is too short gives zeros for the rest."""
-    chunks = -(-size // CHUNK_SIZE)
-    with open(path, "rb", buffering=1 << 20) as file:
-        for _ in range(chunks):
+    with open(FILE_SYSTEM.open_file(path, os.O_RDONLY), "rb", buffering=1 << 20) as file:
+        for _ in range(chunk_count(size)):
             yield file.read(HASH_SIZE).ljust(HASH_SIZE, b"\0")
+
+
+def hash_all(fd: int, size: int, progress: Progress | None = None) -> Iterator[bytes]:
+    """Yield what the manifest of the image is, chunk by chunk: what :func:`hash_image` yields, and the holes."""
+    chunk = 0
+    for number, digest in hash_image(fd, size, progress):
+        yield from itertools.repeat(ZERO_CHUNK, number - chunk)
+        yield digest
+        chunk = number + 1
+    yield from itertools.repeat(ZERO_CHUNK, chunk_count(size) - chunk)
+
+
+def take_samples(fd: int, size: int) -> Samples:
+    """The first block, the last, and others evenly between them, each moved up to the next data there is."""
+    last = (size - 1) // BLOCK_SIZE
+    offsets = {0, last * BLOCK_SIZE}
+    for number in range(1, SAMPLES - 1):
+        offset = number * last // (SAMPLES - 1) * BLOCK_SIZE
+        with contextlib.suppress(OSError):  # nothing but a hole behind it, or a file system that knows none
+            offset = os.lseek(fd, offset, os.SEEK_DATA)
+        offsets.add(offset - offset % BLOCK_SIZE)
+    return Samples.take(fd, sorted(offsets))
+
+
+def compare(
+    fd: int, size: int, manifest: Iterator[bytes], progress: Progress | None = None
+) -> tuple[bytes, list[tuple[int, int]]]:
+    """Hash the content: its fingerprint, and the (offset, length) of where it is not what the manifest says.
+
+    Takes memory for what differs alone; neighbours are one.
+    """
+    whole = blake3(size.to_bytes(8, "big"))
+    differing: list[tuple[int, int]] = []
+    for chunk, (found, expected) in enumerate(zip(hash_all(fd, size, progress), manifest, strict=True)):
+        whole.update(found)
+        if found != expected:
+            offset = chunk * CHUNK_SIZE
+            length = min(CHUNK_SIZE, size - offset)
+            if differing and sum(differing[-1]) == offset:
+                offset, length = differing[-1][0], differing[-1][1] + length
+                differing.pop()
+            differing.append((offset, length))
+    return whole.digest(), differing
 
 
 def _verify(fd: int, name: str, directory: Path, record: BaseRecord) -> None:
@@ -245,18 +354,15 @@ def _verify(fd: int, name: str, directory: Path, record: BaseRecord) -> None:
     if size != record.size:
         kind = "truncated" if size < record.size else "grown"
         raise BaseChanged(f"{what}: it was {kind}, from {record.size} to {size} bytes")
-    found = dict(hash_image(fd, size))
-    differing: list[int] = []
     try:
-        for chunk, expected in enumerate(read_manifest(directory / "manifest", record.size)):
-            if found.get(chunk, ZERO_CHUNK) != expected:
-                differing.append(chunk)
-    except FileNotFoundError:
-        pass  # the fingerprint alone decides
-    chunks = -(-record.size // CHUNK_SIZE)
-    fingerprint = fingerprint_of(record.size, (found.get(chunk, ZERO_CHUNK) for chunk in range(chunks)))
-    if fingerprint == record.fingerprint:
-        return
-    where = ", ".join(f"{c * CHUNK_SIZE}-{min((c + 1) * CHUNK_SIZE, size) - 1}" for c in differing[:3])
-    more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-    raise BaseChanged(f"{what}: its content differs" + (f" in bytes {where}{more}" if differing else ""))
+        fingerprint, differing = compare(fd, size, read_manifest(directory / "manifest", size))
+    except (FileNotFoundError, StorageError):  # the fingerprint alone decides
+        fingerprint, differing = fingerprint_of(size, hash_all(fd, size)), []
+    if fingerprint != record.fingerprint:
+        raise BaseChanged(f"{what}: its content differs" + (f" in bytes {in_words(differing)}" if differing else ""))
+
+
+def in_words(ranges: Sequence[tuple[int, int]]) -> str:
+    """Ranges (offset, length) for a person: the first and last byte of each, three of them and how many more."""
+    shown = ", ".join(f"{offset}-{offset + length - 1}" for offset, length in ranges[:3])
+    return shown + (f" and {len(ranges) - 3} more" if len(ranges) > 3 else "")

@@ -29,6 +29,7 @@ from nbdclone.store.image import (
     fingerprint_of,
     read_manifest,
     save,
+    take_samples,
 )
 from nbdclone.store.layer import MAX_SIZE, MIN_SIZE, SECTOR_SIZE, zero_runs
 from nbdclone.store.probe import claimed_size
@@ -49,12 +50,18 @@ _PERCENT = re.compile(rb"\((\d+\.\d+)/100%\)")
 
 
 def import_image(
-    source: Path, directory: Path, fs: FileSystem, *, force: bool = False, progress: Progress | None = None
+    source: Path,
+    directory: Path,
+    fs: FileSystem,
+    *,
+    force: bool = False,
+    immutable: bool = False,
+    progress: Progress | None = None,
 ) -> BaseRecord:
     """Fill ``directory`` with a base made from ``source``: image, manifest and record, all durable.
 
-    ``force`` takes an image although it seems truncated. Raises NotFound, InvalidImage, FileTooLarge, StorageError.
-    The directory is the caller's to move into place or to remove.
+    ``force`` takes an image although it seems truncated; ``immutable`` sets the flag of that name on it. Raises
+    NotFound, InvalidImage, FileTooLarge, StorageError. The directory is the caller's to move into place or to remove.
     """
     target = directory / "image"
     source_fd = _open(source)
@@ -74,8 +81,16 @@ def import_image(
         os.close(source_fd)
     _write_manifest(directory / "manifest", hashes, size, fs)
     fingerprint = fingerprint_of(size, read_manifest(directory / "manifest", size))
+    fd = fs.open(target, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if immutable:
+            _forbid_changes(fd, fs)
+        samples = take_samples(fd, size)
+        identity = Identity.of(fs.fstat(fd))
+    finally:
+        fs.close(fd)
     record = BaseRecord(
-        uuid.uuid4().bytes, size, fingerprint, time.time_ns(), str(source.absolute()), Identity.of(os.stat(target))
+        uuid.uuid4().bytes, size, fingerprint, time.time_ns(), str(source.absolute()), identity, samples
     )
     save(directory / "base.json", record.dump(), fs)
     return record
@@ -184,6 +199,18 @@ def _set_size(fd: int, size: int, fs: FileSystem) -> None:
 def _seal(fd: int, fs: FileSystem) -> None:
     fs.fchmod(fd, 0o444)
     fs.sync(fd)
+
+
+def _forbid_changes(fd: int, fs: FileSystem) -> None:
+    try:
+        fs.set_immutable(fd, True)
+        fs.sync(fd)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise StorageError(
+            f"the image cannot be made immutable ({reason}): that takes root, and a file system that knows it "
+            f"(ext4, XFS, btrfs); without --immutable it is only read-only"
+        ) from None
 
 
 def _write_manifest(path: Path, hashes: dict[int, bytes], size: int, fs: FileSystem) -> None:

@@ -38,7 +38,7 @@ from nbdclone.errors import (
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta, Header, read_header
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem, describe_process, lock_holders
-from nbdclone.store.image import BaseRecord, Identity, Image, Progress
+from nbdclone.store.image import BaseRecord, Identity, Image, Progress, thaw, thaw_bases
 from nbdclone.store.importing import import_image
 from nbdclone.store.layer import MAX_SIZE, MIN_SIZE, SECTOR_SIZE
 
@@ -75,6 +75,11 @@ class CloneInfo:
     parent: str
     in_use_by: str | None = None
     error: str | None = None
+
+
+def is_name(text: str) -> bool:
+    """Can a base or clone be called that?"""
+    return _NAME.fullmatch(text) is not None
 
 
 def validate_name(name: str) -> None:
@@ -127,12 +132,14 @@ class Pool:
         name: str | None = None,
         *,
         force: bool = False,
+        immutable: bool = False,
         progress: Progress | None = None,
     ) -> BaseInfo:
         """Make a base from an image file or block device.
 
-        ``name``: else the file's name up to its last dot. ``force``: although the image seems truncated. ``progress``
-        is called with bytes done and bytes in all. Raises UsageError and its children, StorageError.
+        ``name``: else the file's name up to its last dot. ``force``: although the image seems truncated. ``immutable``:
+        with the file system's flag that forbids everybody to change or remove it, which takes root. ``progress`` is
+        called with bytes done and bytes in all. Raises UsageError and its children, StorageError.
         """
         source = Path(source)
         name = source.stem if name is None else name
@@ -141,7 +148,7 @@ class Pool:
         with self._no_space_left(f"import of {source}"), self._staging() as staging:
             draft = staging / name
             self._fs.mkdir(draft)
-            import_image(source, draft, self._fs, force=force, progress=progress)
+            import_image(source, draft, self._fs, force=force, immutable=immutable, progress=progress)
             self._fs.sync_directory(draft)
             with self._changing():
                 self._require_free([name])
@@ -198,6 +205,8 @@ class Pool:
                     self._refuse_dependants(names)
                 for name, place in zip(names, places, strict=True):
                     self._hold(name, place, held)
+                for name, place in zip(names, places, strict=True):
+                    thaw(self._fs, place / "image", name)
                 # Clones before bases: a power cut in between leaves no clone without its base.
                 clones = [(place, trash / place.name) for place in places if place.parent == self._clones]
                 bases = [(place, trash / place.name) for place in places if place.parent == self._bases]
@@ -325,6 +334,7 @@ class Pool:
         try:
             yield path
         finally:
+            thaw_bases(self._fs, path)
             self._fs.remove_tree(path, ignore_errors=True)
             os.close(fd)
 
@@ -333,9 +343,10 @@ class Pool:
         for name in os.listdir(self._tmp):
             path = self._tmp / name
             with contextlib.suppress(OSError):
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    thaw_bases(self._fs, path)
                     self._fs.remove_tree(path, ignore_errors=True)
                 finally:
                     os.close(fd)
@@ -395,9 +406,13 @@ class Pool:
         """Lock what is about to be removed, so that nobody has it open and nobody opens it."""
         kind, file = ("base", "image") if place.parent == self._bases else ("clone", "delta")
         try:
-            fd = self._fs.open(place / file, os.O_RDONLY | os.O_CLOEXEC)
+            fd = self._fs.open_file(place / file, os.O_RDONLY)
         except FileNotFoundError:
             return  # a damaged one may be removed too
+        except StorageError:
+            if (place / file).is_file():  # it may be open elsewhere, and this user cannot see
+                raise
+            return
         held.callback(self._fs.close, fd)
         self._fs.lock(fd, place / file, f"{kind} '{name}'")
 
@@ -434,7 +449,7 @@ class Pool:
     def _clone_info(self, name: str, bases: dict[bytes, str], locks: dict[tuple[int, int], int]) -> CloneInfo:
         path = self._clones / name / "delta"
         try:
-            fd = self._fs.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = self._fs.open_file(path, os.O_RDONLY)
             try:
                 header = read_header(fd, str(path), self._fs)
                 status = self._fs.fstat(fd)

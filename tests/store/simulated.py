@@ -375,6 +375,25 @@ class SimulatedFileSystem(FileSystem):
         if advice == os.POSIX_FADV_DONTNEED:
             self._open[fd].forget()
 
+    def lseek(self, fd: int, position: int, whence: int) -> int:  # type: ignore[override]
+        file = self._open[fd]
+        data = {
+            n for n, content in file.cached.items() if content != ZEROS and position < (n + 1) * SECTOR <= file.size
+        }
+        if position >= file.size or (whence == os.SEEK_DATA and not data):
+            raise OSError(errno.ENXIO, "no more data")
+        if whence == os.SEEK_DATA:
+            return max(position, min(data) * SECTOR)
+        number = position // SECTOR
+        while number in data:
+            number += 1
+        return max(position, number * SECTOR)
+
+    def rename(self, source: Path, target: Path) -> None:  # type: ignore[override]
+        self.on_step("rename")
+        before, after = self.tree.directory(source.parent), self.tree.directory(target.parent)
+        change_entries((before, source.name, None), (after, target.name, before.entries[source.name]))
+
     def fstat(self, fd: int) -> os.stat_result:  # type: ignore[override]
         return _status(self._open[fd])
 

@@ -7,13 +7,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from nbdclone.errors import BaseChanged, NBDCloneError
+from nbdclone.errors import BaseChanged, NBDCloneError, StorageError
 from nbdclone.store import image as image_module
-from nbdclone.store.image import CHUNK_SIZE, BaseRecord
+from nbdclone.store.image import CHUNK_SIZE, SAMPLES, BaseRecord, Identity, Image, in_words
 from nbdclone.store.pool import Pool
 
 CHUNKS = 3
@@ -79,10 +80,16 @@ def test_one_changed_byte_is_noticed_and_its_place_named(
     assert refusal().endswith(f"its content differs in {expected}")
 
 
-def test_all_places_are_counted_and_three_of_them_named(image: Path, refusal: Callable[[], str]) -> None:
-    for offset in (0, CHUNK_SIZE, 2 * CHUNK_SIZE, SIZE - 1):
+def test_all_places_are_named_and_neighbours_as_one(image: Path, refusal: Callable[[], str]) -> None:
+    for offset in (0, 2 * CHUNK_SIZE, SIZE - 1):
         write(image, offset, b"!")
-    assert refusal().endswith("in bytes 0-4194303, 4194304-8388607, 8388608-12582911 and 1 more")
+    assert refusal().endswith("in bytes 0-4194303, 8388608-12583423")
+
+
+def test_of_many_places_three_are_named_and_the_rest_counted() -> None:
+    assert (
+        in_words([(0, 512), (1024, 1), (4096, 4096), (9000, 1), (10000, 1)]) == "0-511, 1024-1024, 4096-8191 and 2 more"
+    )
 
 
 def test_an_edit_is_noticed_although_the_time_of_change_was_put_back(image: Path, refusal: Callable[[], str]) -> None:
@@ -108,7 +115,7 @@ def test_another_file_in_its_place_is_noticed(image: Path, refusal: Callable[[],
     other = image.with_name("other")
     other.write_bytes(b"other".ljust(SIZE, b"!"))
     other.rename(image)
-    assert "its content differs in bytes 0-4194303" in refusal()
+    assert f"its content differs in bytes 0-{SIZE - 1}" in refusal()
 
 
 def test_a_change_is_noticed_without_a_manifest_too(image: Path, refusal: Callable[[], str]) -> None:
@@ -146,6 +153,7 @@ def test_a_base_with_the_right_id_and_another_fingerprint_is_refused(empty_pool:
     status = image.stat()
     fields["identity"] |= {"mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
     fields["fingerprint"] = "ab" * 32
+    del fields["samples"]
     record.write_text(json.dumps(fields))
     with pytest.raises(BaseChanged, match=r"clone 'web1' is refused.*fingerprint [0-9a-f]{16}, .*abababababababab"):
         empty_pool.open_clone("web1")
@@ -160,7 +168,7 @@ def test_a_base_whose_directory_was_renamed_is_found_by_its_id(empty_pool: Pool,
 def count_hashing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     hash_image = image_module.hash_image
-    monkeypatch.setattr(image_module, "hash_image", lambda fd, size: (calls.append(fd), hash_image(fd, size))[1])
+    monkeypatch.setattr(image_module, "hash_image", lambda fd, *rest: (calls.append(fd), hash_image(fd, *rest))[1])
     return calls
 
 
@@ -221,3 +229,70 @@ def test_a_base_that_shrinks_under_an_open_clone_is_an_error_and_not_zeros(empty
             clone.pread(4096, 1 << 20)
         with pytest.raises(OSError, match="layer 1 ends at byte"):
             clone.pwrite(b"part of a block", 1 << 20)
+
+
+# Samples
+
+
+def pretend_nothing_happened(path: Path) -> None:
+    """Record the identity that the image has now: as if its bytes had changed beneath the file system."""
+    record = BaseRecord.load(path.parent / "base.json")
+    record = replace(record, identity=Identity.of(path.stat()))
+    (path.parent / "base.json").write_bytes(record.dump())
+
+
+@pytest.mark.parametrize("offset", [0, 2 * CHUNK_SIZE + 100, SIZE - 1])
+def test_a_sampled_block_that_differs_is_noticed_although_the_file_system_saw_no_change(
+    image: Path, refusal: Callable[[], str], offset: int
+) -> None:
+    write(image, offset, b"!")
+    pretend_nothing_happened(image)
+    assert "its content differs in bytes" in refusal()
+
+
+def test_an_image_of_which_everything_differs_is_noticed_although_the_file_system_saw_no_change(
+    image: Path, refusal: Callable[[], str]
+) -> None:
+    write(image, 0, os.urandom(SIZE))
+    pretend_nothing_happened(image)
+    assert f"its content differs in bytes 0-{SIZE - 1}" in refusal()
+
+
+def test_the_samples_are_few_and_of_the_data_between_the_ends(image: Path) -> None:
+    samples = BaseRecord.load(image.parent / "base.json").samples
+    assert samples is not None
+    assert 3 <= len(samples.offsets) <= SAMPLES
+    assert {0, 2 * CHUNK_SIZE, SIZE - 512} <= set(samples.offsets)
+
+
+def test_a_record_without_samples_is_valid_and_gets_them_when_the_content_is_hashed(image: Path) -> None:
+    record = image.parent / "base.json"
+    fields = json.loads(record.read_text())
+    del fields["samples"]
+    record.write_text(json.dumps(fields))
+    Image.open("debian", image.parent).close()
+    assert "samples" not in json.loads(record.read_text())
+    os.utime(image)
+    Image.open("debian", image.parent).close()
+    assert json.loads(record.read_text())["samples"]["hash"]
+
+
+@pytest.mark.parametrize(
+    "samples", [[], 5, {"offsets": 5}, {"offsets": [0] * 100, "hash": ""}, {"offsets": [-1], "hash": ""}]
+)
+def test_samples_that_make_no_sense_are_damage(image: Path, samples: object) -> None:
+    record = image.parent / "base.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"samples": samples}))
+    with pytest.raises(StorageError, match=r"base\.json: damaged"):
+        Image.open("debian", image.parent)
+
+
+def test_what_stands_in_the_place_of_a_file_is_refused_in_words_and_not_waited_for(image: Path) -> None:
+    for name in ("base.json", "image"):
+        path = image.parent / name
+        path.rename(image.parent / "kept")
+        os.mkfifo(path)
+        with pytest.raises(StorageError, match=rf"{name}: cannot be opened \(not a regular file\)"):
+            Image.open("debian", image.parent)
+        path.unlink()
+        (image.parent / "kept").rename(path)

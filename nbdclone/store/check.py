@@ -1,0 +1,384 @@
+"""What is wrong in a pool, by name; and, where there is one right answer, put right.
+
+A check takes no lock until something looks wrong: a sound clone that is served is not disturbed. What looks wrong is
+looked at again under its lock; who cannot have the lock looks a few times, for the page may have been in flight, and
+leaves the clone alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from nbdclone.errors import InUse, NBDCloneError, NotFound, StorageError
+from nbdclone.store.check_base import BaseExamination, Wishes, files_of_a_base
+from nbdclone.store.check_delta import Examination, linked_to, read_from_below
+from nbdclone.store.delta import Header, read_header
+from nbdclone.store.finding import NOTE, WRONG, Finding, Problem, Range
+from nbdclone.store.fs import FILE_SYSTEM, FileSystem, describe_process, lock_holders
+from nbdclone.store.image import BaseRecord, Progress, thaw_bases
+from nbdclone.store.pool import is_name
+from nbdclone.store.repair import KEPT, repair
+
+# A clone that is open elsewhere is looked at this often, this far apart: a page in flight is written in microseconds.
+LOOKS = 4
+PAUSE_S = 0.02
+# After a repair one looks again, and what it laid open is repaired too: it takes three rounds at most.
+MAX_ROUNDS = 4
+_OF_A_POOL = frozenset({"bases", "clones", ".lock", ".server", ".tmp"})
+
+
+def check_pool(
+    path: Path,
+    names: Sequence[str] = (),
+    *,
+    deep: bool = False,
+    repair: bool = False,
+    progress: Progress | None = None,
+    fs: FileSystem = FILE_SYSTEM,
+) -> Iterator[Finding]:
+    """Find what is wrong with the bases and clones of those names, or with all and the pool itself; in order.
+
+    A clone's base is checked with it. ``deep`` reads the whole content of the bases; ``progress`` is called for each of
+    them with bytes done and bytes in all. ``repair`` puts right what has one right answer, and keeps the bytes as they
+    were. Raises NotFound if there is no such name, before anything is done.
+    """
+    return _Check(path, names, Wishes(deep, repair, progress), fs).run()
+
+
+class _Check:
+    def __init__(self, path: Path, names: Sequence[str], wishes: Wishes, fs: FileSystem) -> None:
+        self._fs = fs
+        self._path = path
+        self._bases = path / "bases"
+        self._clones = path / "clones"
+        self._wishes = wishes
+        self._base_names = sorted(filter(is_name, os.listdir(self._bases)))
+        self._clone_names = sorted(filter(is_name, os.listdir(self._clones)))
+        for name in names:
+            if name not in (*self._base_names, *self._clone_names):
+                raise NotFound(f"there is no base or clone {name[:100]!r} in {path}")
+        self._headers = self._read_headers()
+        self._records = self._read_records()
+        self._locks = lock_holders()
+        self._whole = not names
+        self._wanted_clones = [name for name in self._clone_names if not names or name in names]
+        parents = {header.parent_id for name in self._wanted_clones if (header := self._headers.get(name))}
+        hints = {header.parent_name for name in self._wanted_clones if (header := self._headers.get(name))}
+        self._wanted_bases = [
+            name
+            for name in self._base_names
+            if not names
+            or name in names
+            or (record.id in parents if (record := self._records.get(name)) else name in hints)
+        ]
+
+    def run(self) -> Iterator[Finding]:
+        if self._whole:
+            yield from self._check_directories()
+            yield from self._check_staging()
+        for name in self._wanted_bases:
+            yield from self._check_base(name)
+        for name in self._wanted_clones:
+            yield from self._check_clone(name)
+
+    def _read_headers(self) -> dict[str, Header]:
+        """Of all clones, for a base is what its clones say too."""
+        headers = {}
+        for name in self._clone_names:
+            path = self._clones / name / "delta"
+            with contextlib.suppress(NBDCloneError, OSError):
+                fd = self._fs.open_file(path, os.O_RDONLY)
+                try:
+                    headers[name] = read_header(fd, str(path), self._fs)
+                finally:
+                    self._fs.close(fd)
+        return headers
+
+    def _read_records(self) -> dict[str, BaseRecord]:
+        records = {}
+        for name in self._base_names:
+            with contextlib.suppress(NBDCloneError, OSError):
+                records[name] = BaseRecord.load(self._bases / name / "base.json")
+        return records
+
+    def _changing(self) -> contextlib.AbstractContextManager[None]:
+        return self._fs.exclusively(self._path / ".lock")
+
+    # The pool itself
+
+    def _check_directories(self) -> Iterator[Finding]:
+        yield from self._foreign("", self._path, lambda name: name in _OF_A_POOL)
+        yield from self._foreign("", self._bases, is_name)
+        yield from self._foreign("", self._clones, is_name)
+        for name in sorted({*self._base_names} & {*self._clone_names}):
+            todo = "the clone is what the name means: rename one of the directories"
+            yield Finding(name, "name-twice", "there is a base and a clone of that name", str(self._path), todo)
+        by_id: dict[bytes, str] = {}
+        for name, record in self._records.items():
+            if (other := by_id.setdefault(record.id, name)) != name:
+                same = self._records[other].fingerprint == record.fingerprint
+                what = f"it has the id of base '{other}'" + ("" if same else ", and another content")
+                todo = f"clones take the one that they know by name; remove {self._bases / name} if it is a copy"
+                yield Finding(name, "id-twice", what, str(self._bases / name), todo, NOTE if same else WRONG)
+
+    def _foreign(self, name: str, directory: Path, is_ours: Callable[[str], bool]) -> Iterator[Finding]:
+        for entry in sorted(os.listdir(directory)):
+            if not is_ours(entry):
+                what = f"{entry!r} is not of nbdclone's making"
+                yield Finding(name, "foreign", what, str(directory / entry), "nothing touches it", NOTE)
+
+    def _check_staging(self) -> Iterator[Finding]:
+        """What operations left in ``.tmp`` that did not come to their end: what nobody holds a lock on."""
+        tmp = self._path / ".tmp"
+        if not tmp.is_dir():
+            return
+        try:
+            with self._changing():  # between the making of a directory there and its lock nobody is seen
+                for entry in sorted(os.listdir(tmp)):
+                    if self._is_abandoned(tmp / entry):
+                        if self._wishes.repair:
+                            thaw_bases(self._fs, tmp / entry)
+                            self._fs.remove_tree(tmp / entry)
+                        what = "what an interrupted import, clone or rm left"
+                        todo = "the next of them clears it, and so does --repair"
+                        yield Finding("", "leftover", what, str(tmp / entry), todo, NOTE, repaired=self._wishes.repair)
+        except OSError as error:
+            what = f"it cannot be told what is left over here: {os.strerror(error.errno or 0)}"
+            yield Finding("", "unreadable", what, str(tmp), "check it as the owner of the pool", NOTE)
+
+    def _is_abandoned(self, path: Path) -> bool:
+        if not path.is_dir() or path.is_symlink():
+            return False
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    # Bases
+
+    def _check_base(self, name: str) -> Iterator[Finding]:
+        directory = self._bases / name
+        if not directory.is_dir():
+            yield Finding(name, "foreign", "it is no directory", str(directory), "nothing touches it", NOTE)
+            return
+        try:
+            yield from self._foreign(name, directory, lambda file: files_of_a_base(file) or file.endswith(".new"))
+            yield from self._check_drafts(name, directory, "image")
+        except FileNotFoundError:
+            return  # it was removed just now
+        except OSError as error:
+            yield _unreadable(name, directory, error)
+            return
+        others = frozenset(record.id for other, record in self._records.items() if other != name)
+        examination = BaseExamination(self._fs, directory, self._headers, others, self._changing, self._wishes)
+        yield from examination.run()
+        if examination.record:
+            self._records[name] = examination.record
+            for clone, header in self._headers.items():
+                if examination.changed and header.parent_id == examination.record.id:
+                    yield self._hurt(clone, header, name, examination.changed)
+
+    def _hurt(self, clone: str, header: Header, base: str, changed: Sequence[Range]) -> Finding:
+        """What of the changed bytes of its base does a clone read?"""
+        path = self._clones / clone / "delta"
+        try:
+            fd = self._fs.open_file(path, os.O_RDONLY)
+            try:
+                count = read_from_below(self._fs, fd, header, changed)
+            finally:
+                self._fs.close(fd)
+        except (OSError, StorageError) as error:
+            return _unreadable(clone, path, error)
+        total = sum(length for _, length in changed)
+        if count:
+            what = f"it reads {count} of the {total} bytes of base '{base}' that changed"
+            return Finding(clone, "hurt", what, str(path), "it is right again when the base is")
+        what = f"it is not hurt: it has the {total} bytes of base '{base}' that changed as its own"
+        todo = "it is refused until the base is put right, and loses nothing"
+        return Finding(clone, "not-hurt", what, str(path), todo, NOTE)
+
+    def _check_drafts(self, name: str, directory: Path, locked: str) -> Iterator[Finding]:
+        """Drafts that were never put in place. They are cleared only while nobody has the base or clone open."""
+        drafts = sorted(entry for entry in os.listdir(directory) if entry.endswith(".new"))
+        if not drafts:
+            return
+        removed = False
+        if self._wishes.repair:
+            with contextlib.suppress(FileNotFoundError, StorageError, InUse):
+                fd = self._fs.open_file(directory / locked, os.O_RDONLY)
+                try:
+                    self._fs.lock(fd, directory / locked, f"'{name}'")
+                    for draft in drafts:
+                        os.unlink(directory / draft)
+                    self._fs.sync_directory(directory)
+                    removed = True
+                finally:
+                    self._fs.close(fd)
+        for draft in drafts:
+            todo = "--repair clears it when nobody has it open"
+            yield Finding(
+                name, "leftover", "a draft that was never put in place", str(directory / draft), todo, NOTE,
+                repaired=removed,
+            )  # fmt: skip
+
+    # Clones
+
+    def _check_clone(self, name: str) -> Iterator[Finding]:
+        directory = self._clones / name
+        path = directory / "delta"
+        if not directory.is_dir():
+            yield Finding(name, "foreign", "it is no directory", str(directory), "nothing touches it", NOTE)
+            return
+        try:
+            yield from self._foreign(
+                name, directory, lambda file: file == "delta" or KEPT in file or file[-4:] == ".new"
+            )
+            yield from self._check_drafts(name, directory, "delta")
+            fd = self._fs.open_file(path, os.O_RDONLY)
+        except FileNotFoundError:
+            if not directory.exists():
+                return  # it was removed just now
+            yield Finding(
+                name, "delta-missing", "it has no delta", str(directory), "put the file back, or 'nbdclone rm'"
+            )
+            return
+        except (OSError, StorageError) as error:
+            yield _unreadable(name, path, error)
+            return
+        try:
+            status = self._fs.fstat(fd)
+            holder = self._locks.get((status.st_dev, status.st_ino))
+            problems = self._examine(fd, path, name, in_use=holder is not None)
+        except OSError as error:
+            yield _unreadable(name, path, error)
+            return
+        finally:
+            self._fs.close(fd)
+        if not problems:
+            if holder is not None:
+                yield _in_use(name, path, describe_process(holder))
+            return
+        yield from self._look_again(name, path)
+
+    def _examine(self, fd: int, path: Path, name: str, *, in_use: bool) -> list[Problem]:
+        examination = Examination(self._fs, fd, path, name, in_use=in_use)
+        if examination.header is None:
+            return examination.problems
+        self._headers[name] = examination.header
+        sound = not examination.problems
+        return [*examination.problems, *self._examine_parent(fd, path, name, examination.header, sound)]
+
+    def _look_again(self, name: str, path: Path) -> Iterator[Finding]:
+        """Something is wrong, or seemed so: now under the lock, or several times."""
+        flags = os.O_RDWR if self._wishes.repair else os.O_RDONLY
+        try:
+            fd = self._fs.open_file(path, flags)
+        except FileNotFoundError:
+            return  # it was removed just now
+        except (OSError, StorageError) as error:
+            yield _unreadable(name, path, error)
+            return
+        try:
+            self._fs.lock(fd, path, f"clone '{name}'", shared=not self._wishes.repair)
+            if not self._fs.still_there(path, self._fs.fstat(fd)):
+                return
+            yield from self._settle(fd, path, name)
+        except InUse as error:
+            yield Finding(name, "in-use", str(error), str(path), "it is not repaired while it is open", NOTE)
+            yield from self._persistent(fd, path, name)
+        except OSError as error:
+            yield _unreadable(name, path, error)
+        finally:
+            self._fs.close(fd)
+
+    def _settle(self, fd: int, path: Path, name: str) -> Iterator[Finding]:
+        """Under the lock: repair, and look again, until nothing is left that can be repaired."""
+        for _ in range(MAX_ROUNDS):
+            problems = self._examine(fd, path, name, in_use=False)
+            if not self._wishes.repair or not any(problem.can_be_repaired for problem in problems):
+                break
+            yield from repair(self._fs, fd, path, problems)
+        yield from (problem.finding for problem in problems)
+
+    def _persistent(self, fd: int, path: Path, name: str) -> Iterator[Finding]:
+        """What is there at every look at a clone that is being written."""
+        seen = {problem.finding for problem in self._examine(fd, path, name, in_use=True)}
+        for _ in range(LOOKS - 1):
+            if not seen:
+                return
+            time.sleep(PAUSE_S)
+            seen &= {problem.finding for problem in self._examine(fd, path, name, in_use=True)}
+        yield from sorted(seen, key=lambda finding: (finding.kind, finding.where))
+
+    def _examine_parent(self, fd: int, path: Path, name: str, header: Header, sound: bool) -> list[Problem]:
+        """Is there a base of that id, with that fingerprint? If none: is there one of the same content?"""
+        parent = _find(self._records, header)
+        what = f"its base '{header.parent_name}' ({header.parent_id.hex()})"
+        if parent and self._records[parent].fingerprint == header.fingerprint:
+            return []
+        if parent:
+            now, then = self._records[parent].fingerprint.hex()[:16], header.fingerprint.hex()[:16]
+            what = f"its base '{parent}' has the fingerprint {now}, and had {then} when the clone was made"
+            todo = "it is refused: put back the base that it was made from"
+            return [Problem(Finding(name, "base-differs", what, str(path), todo))]
+        same = [base for base, record in self._records.items() if record.fingerprint == header.fingerprint]
+        if header.parent_name in self._base_names and header.parent_name not in self._records and not same:
+            todo = "see to the base; until then the clone is refused, and loses nothing"
+            return [Problem(Finding(name, "orphan", f"{what} cannot be read", str(path), todo))]
+        if not same:
+            todo = (
+                "what it wrote is whole, and means nothing without its base: import the same image again, and --repair "
+                "links them (docs/check.md says how to read what it wrote)"
+            )
+            return [Problem(Finding(name, "orphan", f"{what} is missing", str(path), todo))]
+        base = same[0]
+        todo = f"base '{base}' has the same content: --repair makes it the clone's base"
+        finding = Finding(name, "orphan", f"{what} is missing", str(path), todo)
+        if not sound:  # the header is put right first
+            return [Problem(finding)]
+        return [Problem(finding, linked_to(self._fs, fd, self._records[base].id, base))]
+
+
+def _find(records: Mapping[str, BaseRecord], header: Header) -> str | None:
+    """The base of that id: of the name that the clone knows, else any."""
+    fitting = [name for name, record in records.items() if record.id == header.parent_id]
+    return header.parent_name if header.parent_name in fitting else next(iter(fitting), None)
+
+
+def _in_use(name: str, path: Path, holder: str) -> Finding:
+    return Finding(name, "in-use", f"it is open in {holder}", str(path), "what is flushed is all right", NOTE)
+
+
+def _unreadable(name: str, path: Path, error: Exception) -> Finding:
+    reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
+    what = f"it cannot be examined: {reason}"
+    return Finding(name, "unreadable", what, str(path), "see to the disk, or to who may read and write here")
+
+
+def as_record(finding: Finding) -> dict[str, object]:
+    """A finding for a program: ``ranges`` are offset and length."""
+    return {
+        "name": finding.name or None,
+        "level": finding.level,
+        "kind": finding.kind,
+        "what": finding.what,
+        "where": finding.where,
+        "todo": finding.todo,
+        "ranges": [{"offset": offset, "length": length} for offset, length in finding.ranges],
+        "repaired": finding.repaired,
+        "kept": finding.kept,
+    }
+
+
+def is_clean(findings: Sequence[Finding]) -> bool:
+    """Is nothing wrong, or nothing any more?"""
+    return all(finding.repaired or finding.level == NOTE for finding in findings)
