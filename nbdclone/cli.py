@@ -284,6 +284,12 @@ def serve(
     max_connections_per_address: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="From one IP address or local user (default: half of all).")
     ] = None,
+    max_memory: Annotated[
+        int | None,
+        typer.Option(
+            "--max-memory", parser=parse_size, metavar="SIZE", help="For all clients together (default: at most 1G)."
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
 ) -> None:
     """Serve every clone, and every base read-only, until told to stop (SIGTERM). SIGHUP: read the settings again."""
@@ -309,6 +315,7 @@ def serve(
             insecure=insecure,
             max_connections=max_connections or MAX_CONNECTIONS,
             max_connections_per_address=max_connections_per_address,
+            max_memory=max_memory,
         )
         runner.run(_serve(server))
 

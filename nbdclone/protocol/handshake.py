@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import islice
 from typing import Final
 
 from nbdclone.errors import LocalProtocolError, RemoteProtocolError
@@ -38,6 +39,8 @@ from nbdclone.protocol.wire import (
 
 AHEAD_OF_TLS: Final = "bytes came ahead of the TLS handshake"
 HANDSHAKE_FLAGS: Final = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
+# Messages of a long list that are made at once: a tenth of a millisecond's work.
+MESSAGES_AT_ONCE: Final = 64
 
 
 class Purpose(Enum):
@@ -121,6 +124,7 @@ class ServerHandshake:
         self._in_tls = False
         self._received = bytearray()
         self._outgoing = [GREETING.pack(wire.INIT_PASSWD, wire.IHAVEOPT, HANDSHAKE_FLAGS)]
+        self._listed: Iterator[bytes] | None = None  # the rest of a list, which is made as it is sent
         self._client_flags: int | None = None
         self._option_count = 0
         self._unanswered: Event | None = None
@@ -129,11 +133,15 @@ class ServerHandshake:
         self._contexts_export = ""  # for which they were selected
 
     def data_to_send(self) -> list[bytes]:
-        """The messages to send now, and forget them; the first call gives the greeting.
+        """The next messages to send, and forget them; the first call gives the greeting. Call until there are none.
 
         Each is to be written by itself: nbd-client takes an option's reply to be what one read() gives.
         """
         outgoing, self._outgoing = self._outgoing, []
+        if self._listed is not None:
+            outgoing += islice(self._listed, MESSAGES_AT_ONCE)
+            if len(outgoing) < MESSAGES_AT_ONCE:
+                self._listed = None
         return outgoing
 
     def receive_data(self, data: bytes | bytearray | memoryview) -> None:
@@ -327,14 +335,10 @@ class ServerHandshake:
         """
         if not isinstance(self._unanswered, ListExports):
             raise LocalProtocolError("the client did not ask for a list")
-        payloads = []
-        for name, description in exports:
-            encoded = encode_string(name, wire.MAX_NAME_LENGTH)
-            text = encode_text(description, wire.MAX_LISTED_LENGTH)
-            payloads.append(STRING_LENGTH.pack(len(encoded)) + encoded + text)
-        for payload in payloads:
-            self._send_reply(Option.LIST, OptionReply.SERVER, payload)
-        self._send_reply(Option.LIST, OptionReply.ACK)
+        exports = list(exports)
+        for name, _description in exports:
+            encode_string(name, wire.MAX_NAME_LENGTH)
+        self._listed = _list_replies(exports)
         self._unanswered = None
 
     def accept_export(self, info: ExportInfo) -> None:
@@ -407,7 +411,7 @@ class ServerHandshake:
         return payloads
 
     def _send_reply(self, option: int, reply: int, payload: bytes = b"") -> None:
-        self._outgoing.append(OPTION_REPLY.pack(wire.REPLY_MAGIC, option, reply, len(payload)) + payload)
+        self._outgoing.append(_option_reply(option, reply, payload))
 
     def _send_error(self, option: int, reply: int, message: str) -> None:
         self._send_reply(option, reply, encode_text(message, wire.MAX_ERROR_MESSAGE))
@@ -431,6 +435,18 @@ def _check_fields(info: ExportInfo) -> None:
     blocks = (info.minimum_block, info.preferred_block, info.maximum_payload)
     if not (0 <= info.size < 1 << 64 and 0 <= info.flags < 1 << 16 and 0 < min(blocks) <= max(blocks) < 1 << 32):
         raise LocalProtocolError(f"{info} does not fit into its fields")
+
+
+def _list_replies(exports: Iterable[tuple[str, str]]) -> Iterator[bytes]:
+    for name, description in exports:
+        encoded = encode_string(name, wire.MAX_NAME_LENGTH)
+        text = encode_text(description, wire.MAX_LISTED_LENGTH)
+        yield _option_reply(Option.LIST, OptionReply.SERVER, STRING_LENGTH.pack(len(encoded)) + encoded + text)
+    yield _option_reply(Option.LIST, OptionReply.ACK)
+
+
+def _option_reply(option: int, reply: int, payload: bytes = b"") -> bytes:
+    return OPTION_REPLY.pack(wire.REPLY_MAGIC, option, reply, len(payload)) + payload
 
 
 def _refuse_data(data: bytes) -> None:

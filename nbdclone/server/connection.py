@@ -16,7 +16,7 @@ from nbdclone.server.access import refused_by
 from nbdclone.server.errnos import describe, refusal
 from nbdclone.server.export import Export, Exports
 from nbdclone.server.peer import Peer
-from nbdclone.server.session import LOG_INTERVAL_S, Session
+from nbdclone.server.session import Session
 from nbdclone.server.tls import AnySocket, TLSSocket
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ class Connection:
         self._session: Session | None = None
         self._export: Export | None = None
         self._task: asyncio.Task[None] | None = None
-        self._quiet_until = 0.0
         self._drained = False  # it is the server that ends this connection
 
     async def serve(self) -> None:
@@ -57,7 +56,7 @@ class Connection:
         except (OSError, TimeoutError) as error:
             logger.debug("%s: handshake ended: %s", self._peer, str(error) or "deadline")
         except RemoteProtocolError as error:
-            logger.warning("%s: %s", self._peer, error)
+            self._server.scratch.quiet.say("handshake", "%s: %s", self._peer, error)
         except Exception:
             logger.exception("%s: a defect of the server", self._peer)
         finally:
@@ -104,8 +103,10 @@ class Connection:
             elif isinstance(event, OpenExport):
                 await self._answer(handshake, event)
             async with asyncio.timeout_at(self._deadline):
-                for message in handshake.data_to_send():
-                    await self._send(message)
+                while messages := handshake.data_to_send():
+                    for message in messages:
+                        await self._send(message)
+                    await asyncio.sleep(0)  # a list of thousands is sent between what others do
                 if handshake.closed:
                     return
                 if isinstance(event, StartTLS):
@@ -171,12 +172,9 @@ class Connection:
         self._deadline += self._loop.time() - began
 
     def _log_refusal(self, name: str, reason: str, reply: int) -> None:
-        """Missing exports and those that are not for this client once in a while; all others always."""
-        if reply != NBD_REP_ERR_UNKNOWN:
-            logger.error("%s: export %r: %s", self._peer, name[:100], reason)
-        elif name and self._loop.time() >= self._quiet_until:
-            self._quiet_until = self._loop.time() + LOG_INTERVAL_S
-            logger.warning("%s: export %r: %s", self._peer, name[:100], reason)
+        """Missing exports and those that are not for this client are of one kind: neither silences the other alone."""
+        kind = "unknown" if reply == NBD_REP_ERR_UNKNOWN else "broken"
+        self._server.scratch.quiet.say(kind, "%s: export %r: %s", self._peer, name[:100], reason)
 
     def _may_have(self, name: str) -> bool:
         return self._server.access.refusing_rule(name, self._peer) is None

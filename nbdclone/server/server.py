@@ -21,7 +21,8 @@ from nbdclone.server.export import Exports
 from nbdclone.server.listen import Listener, listen_tcp, listen_unix
 from nbdclone.server.offload import Offload
 from nbdclone.server.peer import Peer
-from nbdclone.server.session import LOG_INTERVAL_S, Scratch
+from nbdclone.server.quiet import QuietLog
+from nbdclone.server.session import Scratch
 from nbdclone.server.tls import ServerTLS
 from nbdclone.store.pool import Pool
 
@@ -48,7 +49,8 @@ class Server:
     listens, how to reach each of them, in this order. ``tls``: how it does TLS; unless that is required, an address
     that other machines reach is refused, or taken with ``insecure``. ``max_connections`` in all,
     ``max_connections_per_address`` (default: half of that) from one IP address, or one user on Unix sockets: those
-    above it are closed at once.
+    above it are closed at once. ``max_memory``: bytes that are lent to all clients together, 256 MiB at least (default:
+    1 GiB, or a quarter of the machine's).
 
     Entering raises InUse (another server has the pool; an address is taken) or UsageError (the pool's settings too).
     """
@@ -79,13 +81,12 @@ class Server:
         self._listeners: list[Listener] = []
         self._connections: set[Connection] = set()
         self._admission = Admission(max_connections, max_connections_per_address)
-        self._quiet_until = 0.0
         self._held = contextlib.ExitStack()
         self._stopping = False
 
     async def __aenter__(self) -> Server:
         self._loop = asyncio.get_running_loop()
-        self.scratch = Scratch(Budget(self._max_memory, self._loop))
+        self.scratch = Scratch(Budget(self._max_memory, self._loop), QuietLog(logger, self._loop.time))
         with contextlib.ExitStack() as held:
             held.enter_context(self.pool.served())
             self.access = read_access(self.pool.settings_path)
@@ -167,17 +168,11 @@ class Server:
                 self._begin(sock, peer)
             else:
                 sock.close()
-                self._log_refusal(listener, reason)
+                self.scratch.quiet.say("admission", "%s: a connection was refused: %s", listener.uri, reason)
 
     def _accept_again(self, listener: Listener) -> None:
         if not self._stopping:
             self._loop.add_reader(listener.sock.fileno(), self._accept, listener)
-
-    def _log_refusal(self, listener: Listener, reason: str) -> None:
-        now = self._loop.time()
-        if now >= self._quiet_until:
-            self._quiet_until = now + LOG_INTERVAL_S
-            logger.error("%s: a connection was refused: %s", listener.uri, reason)
 
     def _begin(self, sock: socket.socket, peer: Peer) -> None:
         sock.setblocking(False)

@@ -67,6 +67,7 @@ from nbdclone.server.input import Input, ReceiveBuffer
 from nbdclone.server.offload import Done, Offload
 from nbdclone.server.output import Gather, Output
 from nbdclone.server.peer import Peer
+from nbdclone.server.quiet import QuietLog
 from nbdclone.server.tls import AnySocket, TLSInput, TLSSocket
 
 logger = logging.getLogger("nbdclone")
@@ -96,11 +97,12 @@ LOG_INTERVAL_S = 5.0
 class Scratch:
     """What all connections of an event loop share, one pass at a time."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, quiet: QuietLog) -> None:
         self.received = ReceiveBuffer()
         self.gather = Gather()
         self.buffers = BufferPool()
         self.budget = budget
+        self.quiet = quiet
 
 
 class Session:
@@ -129,6 +131,7 @@ class Session:
         self._buffers = scratch.buffers
         self._offload = offload
         self._loop = loop
+        self._quiet = scratch.quiet
         self._account = scratch.budget.open(self)
         receiving = TLSInput if isinstance(sock, TLSSocket) else Input
         self._input = receiving(
@@ -183,7 +186,7 @@ class Session:
         try:
             step()
         except RemoteProtocolError as error:
-            logger.warning("%s: '%s': %s", self._peer, self._clone.name, error)
+            self._quiet.say("protocol", "%s: '%s': %s", self._peer, self._clone.name, error)
             self._output.push()
             self._lose()
         except OSError as error:
