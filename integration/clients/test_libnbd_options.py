@@ -88,19 +88,18 @@ h.shutdown()
     negotiate(server, script)
 
 
-def test_the_text_of_a_refusal_names_what_is_refused(server: Served) -> None:
+def test_the_text_of_a_refusal_is_the_servers(server: Served) -> None:
     script = """
 told = []
 h.set_debug_callback(lambda context, message: told.append(message) or 0)
 h.set_debug(True)
 h.set_export_name("nothing")
-refused("ENOENT", h.opt_go)
+told.append(refused("ENOENT", h.opt_go))  # where newer versions have it
 h.set_debug(False)
 h.opt_abort()
-tell([message for message in told if "server error message" in message])
+tell(told)
 """
-    [message] = negotiate(server, script)
-    assert "nothing" in message.partition("server error message")[2]
+    assert any("there is no base or clone 'nothing'" in message for message in negotiate(server, script))
 
 
 def test_whoever_wants_nothing_after_all_says_so_and_the_server_lets_go(server: Served, clone: str) -> None:
