@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test packages lint types unit integration bench powercut format clean
+.PHONY: help demo test packages lint types unit integration bench powercut flips format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p; s/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -51,6 +51,9 @@ bench: $(STAMP) ## nbdclone beside other servers; docs/benchmarks.md says how to
 powercut: $(STAMP) ## a longer campaign of simulated power cuts; docs/durability.md has the counts
 	POWERCUT_CAMPAIGNS=900 POOL_STATES_PER_STEP=300 $(BIN)/pytest -rP --timeout 3600 \
 		tests/store/test_powercut.py tests/store/test_atomic.py
+
+flips: $(STAMP) ## every bit of the metadata flipped; docs/check.md has the counts
+	FLIP_ALL=1 $(BIN)/pytest -rP --timeout 7200 tests/store/test_check_flips.py tests/store/test_rot.py
 
 format: $(STAMP) ## ruff, put right
 	$(BIN)/ruff check --fix .
