@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test packages lint types unit integration bench powercut traces format clean
+.PHONY: help demo test packages lint types unit integration bench powercut flips traces format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p; s/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -54,6 +54,9 @@ powercut: $(STAMP) ## a longer campaign of simulated power cuts; docs/durability
 
 traces: $(STAMP) ## a longer trace of mixed requests; docs/protocol.md has what it gave
 	TRACE_BYTES=3300000000 $(BIN)/pytest -rP --timeout 3600 tests/traps/test_traces.py
+
+flips: $(STAMP) ## every bit of the metadata flipped; docs/check.md has the counts
+	FLIP_ALL=1 $(BIN)/pytest -rP --timeout 7200 tests/store/test_check_flips.py tests/store/test_rot.py
 
 format: $(STAMP) ## ruff, put right
 	$(BIN)/ruff check --fix .

@@ -233,16 +233,21 @@ def check(
     from nbdclone.store.check import as_record, check_pool, is_clean
 
     pool = _pool()
-    with _progress("reading bases") as progress:
-        findings = list(check_pool(pool.path, names or (), deep=deep, repair=repair, progress=progress))
-    if as_json:
-        _print_json([as_record(finding) for finding in findings])
-    else:
-        for finding in findings:
-            print(finding)
+    findings = []
+    try:
+        with _progress("reading bases") as progress:
+            for finding in check_pool(pool.path, names or (), deep=deep, repair=repair, progress=progress):
+                findings.append(finding)
+    finally:  # what was found, and repaired, until something came in between
+        if as_json:
+            _print_json([as_record(finding) for finding in findings])
+        else:
+            for finding in findings:
+                print(finding)
+    if not as_json:
         wrong = [finding for finding in findings if finding.level == "wrong"]
-        left = [finding for finding in wrong if not finding.repaired]
-        print("all is well" if not wrong else f"{len(wrong)} wrong, {len(wrong) - len(left)} of them repaired")
+        repaired = sum(finding.repaired for finding in wrong)
+        print("all is well" if not wrong else f"{len(wrong)} wrong, {repaired} of them repaired")
     if not is_clean(findings):
         raise typer.Exit(1)
 

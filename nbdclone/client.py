@@ -378,7 +378,9 @@ class Client:
     async def cache(self, length: int, offset: int) -> None:
         """Tell the server that a range will be read soon."""
         self._require(TransmissionFlag.SEND_CACHE)
-        await self._run_range(Command.CACHE, 0, length, offset)
+        # Some servers (qemu-nbd) take no more of it than of data.
+        pieces: Pieces = [(at, size, b"") for at, size in _split(offset, length, self._max_payload)]
+        await self._run(Command.CACHE, 0, pieces)
 
     async def block_status(
         self, length: int, offset: int, *, contexts: Collection[str] | None = None

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,9 @@ import pytest
 import typer
 
 from nbdclone import __version__, cli
+from nbdclone.store import check as store_check
 from nbdclone.store.delta import CHECKSUM, HEADER_SLOTS, PAGE_SIZE
+from nbdclone.store.finding import Finding
 from nbdclone.store.pool import Pool
 
 IMAGE = random.Random("cli").randbytes(1 << 20)
@@ -171,6 +173,95 @@ def test_rm_removes_clones_and_then_their_base(nbdclone: Callable[..., Done], po
     assert pool.names() == []
 
 
+def test_check_of_a_sound_pool_says_so(nbdclone: Callable[..., Done], pool: Pool) -> None:
+    assert nbdclone("check") == (0, "all is well\n", "")
+    assert nbdclone("check", "web1", "--deep", "--repair") == (0, "all is well\n", "")
+    assert nbdclone("check", "--json") == (0, "[]\n", "")
+
+
+def rot(pool: Pool, name: str, slot: int) -> Path:
+    delta = pool.path / "clones" / name / "delta"
+    with open(delta, "r+b") as file:
+        file.seek(slot + 40)
+        file.write(b"rot")
+    return delta
+
+
+def test_check_tells_what_is_wrong_in_a_line_each_and_exits_1_until_it_is_repaired(
+    nbdclone: Callable[..., Done], pool: Pool
+) -> None:
+    delta = rot(pool, "web1", HEADER_SLOTS[0])
+    rot(pool, "web2", HEADER_SLOTS[1])
+    done = nbdclone("check")
+    assert (done.status, done.err) == (1, "")
+    first, second, count = done.out.splitlines()
+    assert first == (
+        f"web1: wrong: slot A of the header cannot be used: its header fails its checksum ({delta}, bytes 0-4095): "
+        f"slot B serves, and --repair copies it"
+    )
+    assert second.startswith("web2: wrong: slot B of the header cannot be used")
+    assert count == "2 wrong, 0 of them repaired"
+    assert nbdclone("check", "web2").out.splitlines() == [second, "1 wrong, 0 of them repaired"]
+
+    done = nbdclone("check", "--repair", "web1")
+    assert (done.status, done.err) == (0, "")
+    assert done.out.startswith("web1: repaired: ")
+    assert f"(as it was: {delta}.before-repair-1)\n1 wrong, 1 of them repaired\n" in done.out
+    assert nbdclone("check").out.splitlines() == [second, "1 wrong, 0 of them repaired"]
+
+
+RECORD_KEYS = {"name", "level", "kind", "what", "where", "todo", "ranges", "repaired", "kept"}
+
+
+def test_check_as_json_gives_records(nbdclone: Callable[..., Done], pool: Pool) -> None:
+    edit_base(pool)
+    done = nbdclone("check", "--deep", "--json")
+    assert done.status == 1
+    base, web1, web2 = json.loads(done.out)
+    assert set(base) == set(web1) == set(web2) == RECORD_KEYS
+    assert (base["name"], base["kind"], base["level"], base["repaired"]) == (
+        "debian",
+        "content-changed",
+        "wrong",
+        False,
+    )
+    assert base["ranges"] == [{"offset": 0, "length": 1 << 20}]
+    assert (web1["name"], web1["kind"]) == ("web1", "hurt")
+    (pool.path / "notes").touch()
+    [note, *_] = json.loads(nbdclone("check", "--json").out)
+    assert (note["name"], note["kind"], note["level"]) == (None, "foreign", "note")
+
+
+def test_check_of_a_pool_that_is_in_use_is_all_right(nbdclone: Callable[..., Done], pool: Pool) -> None:
+    with pool.open_clone("web1"):
+        done = nbdclone("check")
+    assert done.status == 0
+    assert done.out.splitlines()[0].startswith(f"web1: note: it is open in this process ({os.getpid()})")
+    assert done.out.splitlines()[1:] == ["all is well"]
+
+
+def test_what_was_found_is_told_although_the_check_cannot_go_on(
+    nbdclone: Callable[..., Done], pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rot(pool, "web1", HEADER_SLOTS[0])
+    check_pool = store_check.check_pool
+
+    def stop(*args: Any, **wishes: Any) -> Iterator[Finding]:
+        yield from check_pool(*args, **wishes)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(store_check, "check_pool", stop)
+    done = nbdclone("check", "--repair")
+    assert done.status == 1
+    assert done.out.startswith("web1: repaired: ")
+    assert done.err == "nbdclone: Input/output error\n"
+
+
+def test_check_of_a_name_that_is_not_there_is_refused(nbdclone: Callable[..., Done], pool: Pool) -> None:
+    assert_refused(nbdclone("check", "web1", "nothing"), "there is no base or clone 'nothing'")
+    assert_refused(nbdclone("check", "../web1"), "there is no base or clone '../web1'")
+
+
 def test_a_clone_that_is_open_is_shown_with_its_process(nbdclone: Callable[..., Done], pool: Pool) -> None:
     with pool.open_clone("web1"):
         assert f"open in this process ({os.getpid()})" in nbdclone("ls").out
@@ -184,7 +275,7 @@ def test_version_is_the_packages(nbdclone: Callable[..., Done]) -> None:
 def test_help_names_every_verb(nbdclone: Callable[..., Done]) -> None:
     shown = nbdclone("--help", pool=None)
     assert shown.status == 0
-    for verb in ("import", "clone", "ls", "tree", "info", "rm", "serve", "demo"):
+    for verb in ("import", "clone", "ls", "tree", "info", "rm", "check", "serve", "demo"):
         assert re.search(rf"^ +{verb} +\S", shown.out, re.M), verb
         assert nbdclone(verb, "--help", pool=None).status == 0
 
@@ -437,7 +528,7 @@ def test_a_size_that_a_clone_cannot_have_is_refused(
 # What can be got wrong: the pool
 
 
-@pytest.mark.parametrize("args", [("ls",), ("tree",), ("info", "x"), ("rm", "x"), ("clone", "x", "y")])
+@pytest.mark.parametrize("args", [("ls",), ("tree",), ("info", "x"), ("rm", "x"), ("clone", "x", "y"), ("check",)])
 def test_a_directory_that_is_no_pool_is_refused_with_how_to_make_one(
     nbdclone: Callable[..., Done], tmp_path: Path, args: tuple[str, ...]
 ) -> None:

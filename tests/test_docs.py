@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -16,10 +17,13 @@ from nbdclone.protocol.wire import MAX_QUERIES, Command, Option
 from nbdclone.server.access import read_access
 from nbdclone.server.admission import MAX_CONNECTIONS
 from nbdclone.server.peer import Peer
-from nbdclone.server.session import LOG_INTERVAL_S
+from nbdclone.server.quiet import INTERVAL_S
 from nbdclone.store import delta
+from nbdclone.store.check import check_pool
 from nbdclone.store.clone import MAX_EXTENTS
+from nbdclone.store.finding import KINDS
 from nbdclone.store.layer import BITMAP_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE
+from nbdclone.store.pool import Pool
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -122,8 +126,48 @@ def test_the_example_of_access_is_understood_and_the_defaults_are_those_of_the_c
     assert access.refusing_rule("web1", Peer("unix", uid=0, subject="CN=admin,O=Lab")) is None
     assert access.refusing_rule("web1", Peer("unix", uid=0)) == "web1"
     assert f"| `--max-connections N` | {MAX_CONNECTIONS} |" in text
-    assert f"at most one such line in {LOG_INTERVAL_S:.0f}\nseconds" in text
+    assert f"at most one line of a kind in {INTERVAL_S:.0f} seconds" in text
     usage = subprocess.run(
         [sys.executable, "-m", "nbdclone", "serve", "--help"], check=True, capture_output=True, text=True, timeout=60
     )
     assert f"(default: {MAX_CONNECTIONS})" in usage.stdout
+
+
+def test_every_kind_of_finding_is_documented() -> None:
+    rows = (DOCS / "check.md").read_text().split("## Findings", 1)[1].split("\n## ", 1)[0]
+    assert set(re.findall(r"^\| ([a-z][a-z-]+) \|", rows, re.MULTILINE)) - {"kind"} == KINDS
+    sources = "".join(path.read_text() for path in Path(delta.__file__).parent.glob("check*.py"))
+    assert all(f'"{kind}"' in sources for kind in KINDS)
+
+
+def run(program: str, *args: str | Path) -> None:
+    command = [sys.executable, "-W", "error", "-c", program, *map(str, args)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_programs_of_the_page_on_check_do_what_it_says(tmp_path: Path) -> None:
+    put_back, rescue = re.findall(r"```python\n(.*?)```", (DOCS / "check.md").read_text(), re.DOTALL)
+    (tmp_path / "disk.img").write_bytes(b"base" * 16384)
+    pool = Pool.open(tmp_path / "pool", create=True)
+    pool.import_base(tmp_path / "disk.img", "base")
+    pool.create_clones("base", ["web1"])
+    with pool.open_clone("web1") as clone:
+        clone.pwrite(b"own" * 5000, 8192)
+    path = pool.path / "clones" / "web1" / "delta"
+    with open(path, "r+b") as file:
+        file.seek(delta.MAP_SLOTS[0] + 40)
+        file.write(b"rot")
+    damaged = path.read_bytes()
+    [finding] = check_pool(pool.path, repair=True)
+    assert path.read_bytes() != damaged
+    assert finding.kept is not None
+    run(put_back, finding.kept)
+    assert path.read_bytes() == damaged
+
+    shutil.rmtree(pool.path / "bases" / "base")
+    run(rescue, path, tmp_path / "rescued")
+    rescued = (tmp_path / "rescued").read_bytes()
+    assert rescued[8192 : 8192 + 15000] == b"own" * 5000
+    assert rescued[:8192] == bytes(8192)
+    assert len(rescued) == 65536

@@ -279,19 +279,21 @@ class _Check:
 
     def _look_again(self, name: str, path: Path) -> Iterator[Finding]:
         """Something is wrong, or seemed so: now under the lock, or several times."""
-        flags = os.O_RDWR if self._wishes.repair else os.O_RDONLY
+        repairs = self._wishes.repair
         try:
-            fd = self._fs.open_file(path, flags)
+            fd = self._fs.open_file(path, os.O_RDWR if repairs else os.O_RDONLY)
         except FileNotFoundError:
             return  # it was removed just now
         except (OSError, StorageError) as error:
-            yield _unreadable(name, path, error)
-            return
+            yield _unreadable(name, path, error)  # or not writable: then at least it is told what is wrong
+            if not repairs:
+                return
+            fd, repairs = self._fs.open_file(path, os.O_RDONLY), False
         try:
-            self._fs.lock(fd, path, f"clone '{name}'", shared=not self._wishes.repair)
+            self._fs.lock(fd, path, f"clone '{name}'", shared=not repairs)
             if not self._fs.still_there(path, self._fs.fstat(fd)):
                 return
-            yield from self._settle(fd, path, name)
+            yield from self._settle(fd, path, name, repairs)
         except InUse as error:
             yield Finding(name, "in-use", str(error), str(path), "it is not repaired while it is open", NOTE)
             yield from self._persistent(fd, path, name)
@@ -300,11 +302,11 @@ class _Check:
         finally:
             self._fs.close(fd)
 
-    def _settle(self, fd: int, path: Path, name: str) -> Iterator[Finding]:
+    def _settle(self, fd: int, path: Path, name: str, repairs: bool) -> Iterator[Finding]:
         """Under the lock: repair, and look again, until nothing is left that can be repaired."""
         for _ in range(MAX_ROUNDS):
             problems = self._examine(fd, path, name, in_use=False)
-            if not self._wishes.repair or not any(problem.can_be_repaired for problem in problems):
+            if not repairs or not any(problem.can_be_repaired for problem in problems):
                 break
             yield from repair(self._fs, fd, path, problems)
         yield from (problem.finding for problem in problems)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -195,15 +196,9 @@ class BaseExamination:
         self, fd: int, size: int, problem: Finding | None, manifest_problem: Finding | None
     ) -> Iterator[Finding]:
         usable = not manifest_problem or manifest_problem.kind == "manifest-differs"
-        try:
-            if usable:
-                found, differing = compare(fd, size, read_manifest(self._manifest, size), self._wishes.progress)
-            else:
-                found, differing = fingerprint_of(size, hash_all(fd, size, self._wishes.progress)), []
-        except OSError as error:
-            what = f"its image cannot be read: {os.strerror(error.errno or 0)}"
-            yield self._finding("unreadable", what, self._image, self._how_to_restore())
-            return
+        nothing = itertools.repeat(ZERO_CHUNK, chunk_count(size))
+        manifest = read_manifest(self._manifest, size) if usable else nothing
+        found, differing = compare(fd, size, manifest, self._wishes.progress, lenient=True)
         if self.record is None:
             assert problem is not None
             yield from self._examine_lost_record(fd, size, found, problem, manifest_problem)
@@ -215,17 +210,16 @@ class BaseExamination:
                 yield from self._renew_record(fd, self.record, problem)
             else:
                 yield from self._renew_identity(fd)
-        elif usable and not differing and self._agree(found):
+        elif manifest_problem and usable and not differing and self._agree(found):
             # Image, manifest and all of the clones against the record.
-            wrong = replace(manifest_problem, where=str(self._json)) if manifest_problem else None
-            assert wrong is not None
+            wrong = replace(manifest_problem, where=str(self._json))
             yield from self._renew_record(fd, replace(self.record, fingerprint=found), wrong)
         else:
             if manifest_problem:
                 todo = "the image is not what it was either: what its bytes should be is known nowhere here"
                 yield replace(manifest_problem, todo=todo)
             self.changed = differing if usable and not manifest_problem else [(0, size)]
-            what = "the content of its image is not what was imported" + (
+            what = "the content of its image is not what was imported, or cannot be read" + (
                 "" if usable and not manifest_problem else "; without a manifest it is not known which"
             )
             yield self._finding(

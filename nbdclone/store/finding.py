@@ -12,6 +12,50 @@ NOTE = "note"
 
 Range = tuple[int, int]  # offset, length
 
+# What a finding can be: docs/check.md says what each means, and what a repair does.
+KINDS = frozenset(
+    (
+        "header-slot",
+        "header-slots",
+        "header-lost",
+        "header-slots-disagree",
+        "header-older",
+        "newer-format",
+        "map-slot",
+        "map-slots",
+        "map-lost",
+        "map-slots-disagree",
+        "map-first-torn",
+        "not-closed",
+        "unmarked-data",
+        "marked-beyond",
+        "too-short",
+        "truncated",
+        "too-long",
+        "delta-missing",
+        "orphan",
+        "base-differs",
+        "record-missing",
+        "record-damaged",
+        "manifest-missing",
+        "manifest-damaged",
+        "manifest-differs",
+        "image-missing",
+        "image-size",
+        "samples",
+        "identity",
+        "content-changed",
+        "hurt",
+        "not-hurt",
+        "unreadable",
+        "in-use",
+        "leftover",
+        "foreign",
+        "name-twice",
+        "id-twice",
+    )
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -30,6 +74,9 @@ class Finding:
     ranges: tuple[Range, ...] = ()
     repaired: bool = False
     kept: str | None = None
+
+    def __post_init__(self) -> None:
+        assert self.kind in KINDS
 
     def __str__(self) -> str:
         """One line: name, what, where, what to do."""

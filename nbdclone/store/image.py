@@ -36,6 +36,8 @@ FORMAT = 1
 CHUNK_SIZE = 4 << 20
 HASH_SIZE = 32
 ZERO_CHUNK = bytes(HASH_SIZE)
+# Stands for the hash of a chunk that cannot be read; no chunk has it.
+UNREADABLE = b"\xff" * HASH_SIZE
 # base.json is about a thousand bytes; a larger one is not ours.
 MAX_RECORD_SIZE = 1 << 16
 # Blocks that each open compares, against damage that the file system knows nothing of: 20 us when they are in memory.
@@ -286,13 +288,25 @@ def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
         position = end
 
 
-def hash_image(fd: int, size: int, progress: Progress | None = None) -> Iterator[tuple[int, bytes]]:
-    """Yield (chunk, hash) for each chunk of the image that is not a hole. Linear in the data, not in the size."""
+def hash_image(
+    fd: int, size: int, progress: Progress | None = None, *, lenient: bool = False
+) -> Iterator[tuple[int, bytes]]:
+    """Yield (chunk, hash) for each chunk of the image that is not a hole. Linear in the data, not in the size.
+
+    ``lenient``: a chunk that the disk cannot read has UNREADABLE for a hash. Raises OSError.
+    """
     buffer = bytearray(CHUNK_SIZE)
     for start, end in data_ranges(fd, size):
         for offset in range(start, end, CHUNK_SIZE):
-            count = FILE_SYSTEM.pread_all(fd, [buffer], offset, min(CHUNK_SIZE, size - offset))
-            yield offset // CHUNK_SIZE, chunk_hash(memoryview(buffer)[:count])
+            count = min(CHUNK_SIZE, size - offset)
+            try:
+                count = FILE_SYSTEM.pread_all(fd, [buffer], offset, count)
+                digest = chunk_hash(memoryview(buffer)[:count])
+            except OSError as error:
+                if not lenient or error.errno != errno.EIO:
+                    raise
+                digest = UNREADABLE
+            yield offset // CHUNK_SIZE, digest
             if progress:
                 progress(offset + count, size)
 
@@ -304,10 +318,10 @@ def read_manifest(path: Path, size: int) -> Iterator[bytes]:
             yield file.read(HASH_SIZE).ljust(HASH_SIZE, b"\0")
 
 
-def hash_all(fd: int, size: int, progress: Progress | None = None) -> Iterator[bytes]:
+def hash_all(fd: int, size: int, progress: Progress | None = None, *, lenient: bool = False) -> Iterator[bytes]:
     """Yield what the manifest of the image is, chunk by chunk: what :func:`hash_image` yields, and the holes."""
     chunk = 0
-    for number, digest in hash_image(fd, size, progress):
+    for number, digest in hash_image(fd, size, progress, lenient=lenient):
         yield from itertools.repeat(ZERO_CHUNK, number - chunk)
         yield digest
         chunk = number + 1
@@ -327,15 +341,17 @@ def take_samples(fd: int, size: int) -> Samples:
 
 
 def compare(
-    fd: int, size: int, manifest: Iterator[bytes], progress: Progress | None = None
+    fd: int, size: int, manifest: Iterator[bytes], progress: Progress | None = None, *, lenient: bool = False
 ) -> tuple[bytes, list[tuple[int, int]]]:
     """Hash the content: its fingerprint, and the (offset, length) of where it is not what the manifest says.
 
-    Takes memory for what differs alone; neighbours are one.
+    Takes memory for what differs alone; neighbours are one. ``lenient``: what cannot be read differs. Raises OSError.
     """
     whole = blake3(size.to_bytes(8, "big"))
     differing: list[tuple[int, int]] = []
-    for chunk, (found, expected) in enumerate(zip(hash_all(fd, size, progress), manifest, strict=True)):
+    for chunk, (found, expected) in enumerate(
+        zip(hash_all(fd, size, progress, lenient=lenient), manifest, strict=True)
+    ):
         whole.update(found)
         if found != expected:
             offset = chunk * CHUNK_SIZE

@@ -1,23 +1,14 @@
-"""What the tests of the store share: a pool with a base, and the hypothesis profiles."""
+"""What the tests of the store share: a pool with a base."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-import hypothesis
 import pytest
 from powercut import stamp
 
 from nbdclone.store.pool import Pool
-
-# HYPOTHESIS_PROFILE=long looks for longer; the usual run is the same each time.
-hypothesis.settings.register_profile(
-    "ci", max_examples=150, stateful_step_count=20, deadline=None, derandomize=True, database=None
-)
-hypothesis.settings.register_profile("long", max_examples=3000, stateful_step_count=80, deadline=None)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 BASE_SIZE = 1 << 20
 

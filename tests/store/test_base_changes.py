@@ -168,7 +168,9 @@ def test_a_base_whose_directory_was_renamed_is_found_by_its_id(empty_pool: Pool,
 def count_hashing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     hash_image = image_module.hash_image
-    monkeypatch.setattr(image_module, "hash_image", lambda fd, *rest: (calls.append(fd), hash_image(fd, *rest))[1])
+    monkeypatch.setattr(
+        image_module, "hash_image", lambda fd, *rest, **how: (calls.append(fd), hash_image(fd, *rest, **how))[1]
+    )
     return calls
 
 

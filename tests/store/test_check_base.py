@@ -29,7 +29,9 @@ from checked import (
 )
 
 from nbdclone.errors import BaseChanged, NBDCloneError, NotFound
+from nbdclone.store import image as image_module
 from nbdclone.store.check import check_pool, is_clean
+from nbdclone.store.fs import FileSystem
 from nbdclone.store.image import CHUNK_SIZE, BaseRecord, Identity, take_samples
 from nbdclone.store.layer import BLOCK_SIZE, SEGMENT_SIZE
 from nbdclone.store.pool import Pool
@@ -244,6 +246,21 @@ def test_one_changed_bit_is_found_wherever_it_is(pool: Pool) -> None:
         patch(image, offset, before)
 
 
+def test_a_part_of_the_image_that_the_disk_cannot_read_is_named_as_one_that_differs(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class BadSector(FileSystem):
+        def preadv(self, fd: int, buffers: Any, offset: int, flags: int = 0) -> int:  # type: ignore[override]
+            if offset == 0 and len(buffers[0]) == CHUNK_SIZE:
+                raise OSError(5, "Input/output error")
+            return os.preadv(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(image_module, "FILE_SYSTEM", BadSector())
+    found = check(pool, deep=True)
+    assert told(found) == [("debian", "content-changed"), ("web1", "hurt"), ("web2", "hurt")]
+    assert found[0].ranges == ((0, CHUNK_SIZE),)
+
+
 def test_an_image_that_was_touched_is_a_note_and_is_hashed_by_a_repair(pool: Pool) -> None:
     os.utime(base_of(pool) / "image")
     found = check(pool)
@@ -439,6 +456,7 @@ def test_files_that_may_not_be_read_are_named() -> None:
     program = """
 import encodings.ascii, json, os, sys  # what this user may not read is imported before
 from pathlib import Path
+from nbdclone.store import image as image_module
 from nbdclone.store.check import check_pool
 from nbdclone.store.pool import Pool
 os.setgroups([])
@@ -453,12 +471,14 @@ Pool.open(sys.argv[1]).entries()
         pool.import_base(Path(directory) / "debian.img", "other")
         for path in (delta_of(pool), base_of(pool) / "image", base_of(pool, "other") / "base.json"):
             path.chmod(0o600)
+        patch(delta_of(pool, "web2"), 40, b"rot")
         command = [sys.executable, "-c", program, str(pool.path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     kinds = [(name, kind) for name, kind, _ in found]
     assert {("debian", "unreadable"), ("other", "unreadable"), ("web1", "unreadable")} <= set(kinds)
+    assert ("web2", "header-slot") in kinds, "what may be read and not written is told and not repaired"
     assert all("Permission denied" in line for _, kind, line in found if kind == "unreadable")
 
 
