@@ -18,7 +18,7 @@ from nbdclone.protocol.wire import (
     Cookie,
 )
 from nbdclone.server.budget import Account
-from nbdclone.server.buffers import BufferPool
+from nbdclone.server.buffers import MIN_BUFFER, BufferPool
 
 if TYPE_CHECKING:
     from nbdclone.server.tls import AnySocket
@@ -114,7 +114,7 @@ class Output:
         self.filled = 0
         sent = 0 if self._waiting else self._send(self.view[:filled])
         if sent < filled and not self._lost:
-            self._wait(memoryview(bytes(self.view[sent:filled])), None)
+            self._wait_copied(self.view[sent:filled])
 
     def send_owned(self, view: memoryview, buffer: mmap) -> None:
         """Send ``view``, which lies in ``buffer``, without copying it; the buffer goes back to the pool afterwards."""
@@ -155,6 +155,17 @@ class Output:
             self._lose()
             self._on_lost()
             return 0
+
+    def _wait_copied(self, view: memoryview) -> None:
+        size = len(view)
+        if size < MIN_BUFFER:
+            self._wait(memoryview(bytes(view)), None)
+            return
+        # Not from the heap, which would keep for ever what a hundred slow peers once made it take.
+        buffer = self._buffers.take(size)
+        copy = memoryview(buffer)[:size]
+        copy[:] = view
+        self._wait(copy, buffer)
 
     def _wait(self, view: memoryview, buffer: mmap | None) -> None:
         if not self._waiting:

@@ -391,7 +391,8 @@ async def test_refusals_are_logged_with_client_and_rule_once_in_a_while(
                 expected = {
                     "web1": f"{client}: export 'web1': refused by access.\"web*\"",
                     "nothing\nhere": f"{client}: export 'nothing\\nhere': "
-                    f"there is no base or clone 'nothing\\nhere' in {pool.path} (and 4 more of the kind since the last line)",
+                    f"there is no base or clone 'nothing\\nhere' in {pool.path} "
+                    "(and 4 more of the kind since the last line)",
                 }
                 assert line == expected[name]
                 caplog.clear()
