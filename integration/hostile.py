@@ -233,6 +233,7 @@ async def feel(server: Served, uri: str, seconds: float) -> Felt:
                 memory = max(memory, memory_mb(server.pid, "VmRSS"))
             await asyncio.sleep(PAUSE_S)
     times.sort()
+    assert times, "the quiet client got no answer at all"
     at = lambda share: 1000 * times[min(len(times) - 1, int(share * len(times)))]  # noqa: E731
     return Felt(len(times), at(0.5), at(0.99), at(1.0), memory)
 

@@ -6,6 +6,7 @@ and pages that were touched before do not fault: so anonymous mappings, by power
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from mmap import mmap
 
 PAGE = 4096
@@ -15,26 +16,44 @@ MIN_BUFFER = 64 << 10
 MAX_IDLE = 32 << 20
 
 
-class BufferPool:
-    """Hands out buffers and takes them back. Not thread-safe: the event loop's own."""
+def new_buffer(size: int) -> mmap:
+    """A buffer for a pool, in any thread. A large one may wait for others that are touched for the first time."""
+    return mmap(-1, _rounded(size))
 
-    def __init__(self) -> None:
+
+def _rounded(size: int) -> int:
+    return max(MIN_BUFFER, 1 << (size - 1).bit_length())
+
+
+class BufferPool:
+    """Hands out buffers and takes them back. Not thread-safe: the event loop's own.
+
+    ``discard`` gets those that are not kept: unmapping one takes a millisecond for each 10 MiB.
+    """
+
+    def __init__(self, discard: Callable[[mmap], None] = lambda _buffer: None) -> None:
+        self._discard = discard
         self._idle: dict[int, list[mmap]] = {}
         self._idle_bytes = 0
 
     def take(self, size: int) -> mmap:
         """A buffer of at least ``size`` bytes, aligned to a page, with anything in it."""
-        rounded = max(MIN_BUFFER, 1 << (size - 1).bit_length())
+        return self.take_idle(size) or new_buffer(size)
+
+    def take_idle(self, size: int) -> mmap | None:
+        """The same if one is waiting for its next use."""
+        rounded = _rounded(size)
         waiting = self._idle.get(rounded)
-        if waiting:
-            self._idle_bytes -= rounded
-            return waiting.pop()
-        return mmap(-1, rounded)
+        if not waiting:
+            return None
+        self._idle_bytes -= rounded
+        return waiting.pop()
 
     def give(self, buffer: mmap) -> None:
         """Take a buffer back. Nobody may use it, or a view of it, any more."""
         size = len(buffer)
         if self._idle_bytes + size > MAX_IDLE:
-            return  # unmapped when the last view of it goes
+            self._discard(buffer)
+            return
         self._idle_bytes += size
         self._idle.setdefault(size, []).append(buffer)

@@ -119,9 +119,7 @@ class Connection:
                     handshake.receive_data(data)
         assert self._export is not None
         server = self._server
-        self._session = Session(
-            self._sock, self._peer, self._export, handshake.finished, server.scratch, server.offload, self._loop
-        )
+        self._session = Session(self._sock, self._peer, self._export, handshake.finished, server.scratch, self._loop)
         if self._drained:  # while the last option was answered
             self._session.drain()
         await self._session.serve(handshake.trailing_data())

@@ -28,8 +28,9 @@ Done = Callable[[Any, BaseException | None], None]
 class Offload:
     """A few threads, started as they are needed. ``close`` waits for the jobs that were given before."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, max_threads: int = MAX_THREADS) -> None:
         self._loop = loop
+        self._max_threads = max_threads
         self._jobs: SimpleQueue[tuple[Callable[[], Any], Done] | None] = SimpleQueue()
         self._outcomes: deque[tuple[Done, Any, BaseException | None]] = deque()
         self._waking = False
@@ -39,7 +40,7 @@ class Offload:
     def submit(self, work: Callable[[], Any], done: Done) -> None:
         """Run ``work`` in a thread, then ``done(result, error)`` on the loop: one of the two is None."""
         self._unfinished += 1
-        if self._unfinished > len(self._threads) < MAX_THREADS:
+        if self._unfinished > len(self._threads) < self._max_threads:
             thread = threading.Thread(target=self._work, name=f"nbdclone-{len(self._threads)}", daemon=True)
             try:
                 thread.start()

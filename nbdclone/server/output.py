@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 from collections import deque
 from collections.abc import Callable
 from mmap import mmap
@@ -33,6 +34,13 @@ _pack_simple_reply = SIMPLE_REPLY.pack_into
 _SIMPLE_REPLY_SIZE = SIMPLE_REPLY.size
 _pack_extended_reply = EXTENDED_REPLY.pack_into
 _EXTENDED_REPLY_SIZE = EXTENDED_REPLY.size
+
+
+def is_gone(sock: AnySocket) -> bool:
+    """Has the peer closed the connection, or its half of it?"""
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 class Gather:

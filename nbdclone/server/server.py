@@ -34,6 +34,9 @@ ACCEPT_BURST = 64
 ACCEPT_PAUSE_S = 0.5
 # How long clients have, at a shutdown, to take the replies to what they asked.
 DRAIN_S = 5.0
+# Reads of more than a MiB that are made at once. More would only wait for each other: for memory that the kernel has to
+# clear, or for a disk that is busy with one of them.
+BULK_THREADS = 4
 # A TCP client that vanished without a word is noticed after about this many seconds.
 KEEPALIVE_S = 60
 
@@ -86,7 +89,6 @@ class Server:
 
     async def __aenter__(self) -> Server:
         self._loop = asyncio.get_running_loop()
-        self.scratch = Scratch(Budget(self._max_memory, self._loop), QuietLog(logger, self._loop.time))
         with contextlib.ExitStack() as held:
             held.enter_context(self.pool.served())
             self.access = read_access(self.pool.settings_path)
@@ -97,11 +99,13 @@ class Server:
                 self._listeners += listen_tcp(host, port, local_only=not (required or self._insecure))
             for path in self._sockets:
                 self._listeners.append(listen_unix(Path(path)))
-            self.offload = Offload(self._loop)
-            held.callback(self.offload.close)
-            keeper = Offload(self._loop)
-            held.callback(keeper.close)
-            self._exports = Exports(self.pool, self.offload, keeper, self._loop)
+            offload, keeper, bulk = Offload(self._loop), Offload(self._loop), Offload(self._loop, BULK_THREADS)
+            for threads in (offload, keeper, bulk):
+                held.callback(threads.close)
+            self.scratch = Scratch(
+                Budget(self._max_memory, self._loop), QuietLog(logger, self._loop.time), offload, bulk
+            )
+            self._exports = Exports(self.pool, offload, keeper, self._loop)
             self._held = held.pop_all()
         self._tasks = await asyncio.TaskGroup().__aenter__()
         self.uris = [listener.uri for listener in self._listeners]

@@ -5,10 +5,11 @@ in it is run, and the replies go out in one call. A request that can be answered
 and no allocation that grows; what would wait for a disk goes to a thread, and its reply is sent when it is done.
 
 What bounds the memory of a connection: a read, or a question for block status, starts only while less than
-``MAX_UNSENT`` bytes of replies are unsent or being made (one of them more, at the most), and waits otherwise; nothing
-more is received while one of the limits below is reached. Receiving goes on until then, since a client may send a write
-before it reads what it asked for. What all connections hold together is bounded by the ``Budget``: it is asked before a
-large reply is made or a large payload is received. What is gathered in one pass, 256 KiB at most, is not asked for.
+``MAX_UNTAKEN`` bytes of replies are unsent, and less than ``MAX_UNSENT`` unsent or being made (one of them more, at the
+most), and waits otherwise; nothing more is received while one of the limits below is reached. Receiving goes on until
+then, since a client may send a write before it reads what it asked for. What all connections hold together is bounded
+by the ``Budget``: it is asked before a large reply is made or a large payload is received. What is gathered in one
+pass, 256 KiB at most, is not asked for.
 """
 
 from __future__ import annotations
@@ -59,13 +60,13 @@ from nbdclone.protocol.wire import (
 )
 from nbdclone.server.block_status import Contexts, block_status, largest_reply
 from nbdclone.server.budget import Budget
-from nbdclone.server.buffers import MIN_BUFFER, PAGE, BufferPool
+from nbdclone.server.buffers import MIN_BUFFER, PAGE, BufferPool, new_buffer
 from nbdclone.server.errnos import describe, nbd_errno, tell
 from nbdclone.server.export import Export
 from nbdclone.server.holes import Run, find_holes, is_zero, lay_out
 from nbdclone.server.input import Input, ReceiveBuffer
 from nbdclone.server.offload import Done, Offload
-from nbdclone.server.output import Gather, Output
+from nbdclone.server.output import Gather, Output, is_gone
 from nbdclone.server.peer import Peer
 from nbdclone.server.quiet import QuietLog
 from nbdclone.server.tls import AnySocket, TLSInput, TLSSocket
@@ -82,7 +83,10 @@ MAX_PREFETCH = 64 << 20
 # How much is made zeros in one step: all that one request with compact headers can ask for. After each step the other
 # changes of the clone that wait have their turn.
 MAX_ZEROED = 1 << 32
+# Bytes of replies that are made ahead: as many as keep a disk busy, but no more while the client leaves so many where
+# they are. More of those would make no client faster, and cost the time and the memory of copying them.
 MAX_UNSENT = 8 << 20
+MAX_UNTAKEN = 1 << 20
 # When no more is received. Each may be passed by what one receive brings: 256 KiB of requests, or one payload.
 MAX_HELD_WRITES = 16 << 20  # bytes of payload that wait for threads
 MAX_IN_FLIGHT = 1024  # requests that threads work on or will: the kernel's client has 128 at most
@@ -97,12 +101,18 @@ LOG_INTERVAL_S = 5.0
 class Scratch:
     """What all connections of an event loop share, one pass at a time."""
 
-    def __init__(self, budget: Budget, quiet: QuietLog) -> None:
+    def __init__(self, budget: Budget, quiet: QuietLog, offload: Offload, bulk: Offload) -> None:
         self.received = ReceiveBuffer()
         self.gather = Gather()
-        self.buffers = BufferPool()
+        self.buffers = BufferPool(self._discard)
         self.budget = budget
         self.quiet = quiet
+        self.offload = offload
+        self.bulk = bulk  # for what is large: a few at a time, or all others would wait for memory with them
+
+    def _discard(self, buffer: mmap) -> None:
+        """Let a thread drop it, where that is the last one who does."""
+        self.bulk.submit(partial(id, buffer), lambda _result, _error: None)
 
 
 class Session:
@@ -115,7 +125,6 @@ class Session:
         export: Export,
         negotiated: Negotiated,
         scratch: Scratch,
-        offload: Offload,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.label = str(peer)
@@ -129,15 +138,17 @@ class Session:
         self._contexts = negotiated.contexts
         self._read_header = self._layout.read.size if self._structured else SIMPLE_REPLY.size
         self._buffers = scratch.buffers
-        self._offload = offload
+        self._offload = scratch.offload
+        self._bulk = scratch.bulk
         self._loop = loop
         self._quiet = scratch.quiet
+        self._sock = sock
         self._account = scratch.budget.open(self)
         receiving = TLSInput if isinstance(sock, TLSSocket) else Input
         self._input = receiving(
             sock, loop, request_layout(mode), scratch.received, scratch.buffers, self._account, self, self._on_readable
         )
-        self._output = Output(sock, loop, scratch.gather, scratch.buffers, self._account, self.resume, self._lose)
+        self._output = Output(sock, loop, scratch.gather, scratch.buffers, self._account, self._on_room, self._lose)
         # Gathers the reply to a request that succeeded and has nothing more to tell.
         self._succeed: Callable[[Cookie], None] = (
             self._output.extended_success if mode is Mode.EXTENDED else self._output.simple_reply
@@ -382,32 +393,36 @@ class Session:
         self._output.send_owned(view[start : PAGE + length], buffer)
 
     def _read_in_thread(self, flags: int, cookie: Cookie, offset: int, length: int, buffer: mmap | None = None) -> None:
-        taken = self._buffers.take(PAGE + length) if buffer is None else buffer
-        view = memoryview(taken)
+        size = PAGE + length
+        bulky = length > MAX_INLINE
+        if buffer is None:
+            buffer = self._buffers.take_idle(size) if bulky else self._buffers.take(size)
         clone = self._clone
         held = max(length, MIN_BUFFER)
         self._in_flight += 1
         self._reading += held
         self._account.take(held)
 
-        def work() -> list[Run] | None:
-            data = view[PAGE : PAGE + length]
+        def work() -> tuple[mmap, list[Run] | None]:
+            taken = buffer or new_buffer(size)
+            data = memoryview(taken)[PAGE:size]
             clone.read_into(data, offset)
-            return self._holes(flags, data)
+            return taken, self._holes(flags, data)
 
-        def done(runs: list[Run] | None, error: BaseException | None) -> None:
+        def done(result: tuple[mmap, list[Run] | None] | None, error: BaseException | None) -> None:
             self._in_flight -= 1
             self._reading -= held
             self._account.give(held)
-            if error is not None or self._lost:
+            taken, runs = result or (buffer, None)
+            if taken and error is None and not self._lost:
+                self._send_read(cookie, offset, length, memoryview(taken), taken, runs)
+            elif taken:
                 self._buffers.give(taken)
-                if error is not None:
-                    self._fail(cookie, error)
-            else:
-                self._send_read(cookie, offset, length, view, taken, runs)
-            self.resume()
+            if error is not None:
+                self._fail(cookie, error)
+            self._on_room()
 
-        self._offload.submit(work, done)
+        (self._bulk if bulky else self._offload).submit(work, done)
 
     def _tell_status(self, cookie: Cookie, offset: int, length: int, contexts: Contexts, one: bool, held: int) -> None:
         clone, layout = self._clone, self._layout
@@ -424,7 +439,7 @@ class Session:
             else:
                 for chunk in chunks:
                     self._output.add(chunk)
-            self.resume()
+            self._on_room()
 
         self._offload.submit(lambda: block_status(clone, contexts, cookie, offset, length, one, layout), done)
 
@@ -488,7 +503,7 @@ class Session:
                 self._succeed(cookie)
             else:
                 self._fail(cookie, error)
-            self.resume()
+            self._on_room()
 
         return done
 
@@ -522,10 +537,10 @@ class Session:
 
     def _has_room(self, size: int) -> bool:
         """May a reply of this size be made now?"""
-        unsent = self._output.backlog + self._reading
-        if not unsent and size <= GATHERED_READ:
+        untaken = self._output.backlog
+        if not untaken and not self._reading and size <= GATHERED_READ:
             return True
-        return unsent < MAX_UNSENT and self._account.allows(size)
+        return untaken < MAX_UNTAKEN and untaken + self._reading < MAX_UNSENT and self._account.allows(size)
 
     def has_memory(self, size: int) -> bool:
         """May a payload of this size be received now?"""
@@ -537,7 +552,13 @@ class Session:
         return min((moment for moment in since if moment is not None), default=None)
 
     def resume(self) -> None:
-        """Go on with what waited: the peer took something, or there is memory."""
+        """Go on with what waited for memory, unless the peer has gone meanwhile."""
+        if is_gone(self._sock):
+            self._lose()
+        else:
+            self._guarded(self._resume)
+
+    def _on_room(self) -> None:
         self._guarded(self._resume)
 
     def _resume(self) -> None:
