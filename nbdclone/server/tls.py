@@ -218,9 +218,7 @@ class TLSSocket:
         except ssl.SSLWantReadError:
             pass
         except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
-            self._ended = (
-                True  # without a word of farewell: nobody is harmed, for a request that is cut short is not run
-            )
+            self._ended = True  # without a farewell: nobody is harmed, since a request that is cut short is not run
         except ssl.SSLError:
             self._push_quietly()
             raise
