@@ -135,11 +135,7 @@ class Connection:
     async def _start_tls(self) -> None:
         assert self._server.tls is not None
         self._sock = secured = TLSSocket(self._raw, self._server.tls, self._loop)
-        try:
-            await secured.handshake()
-        except RemoteProtocolError:
-            await self._linger()  # or the client would not read the alert that says why
-            raise
+        await secured.handshake()
         logger.debug("%s: %s, %s", self._peer, secured.version, secured.subject or "nobody's certificate")
 
     async def _answer(self, handshake: ServerHandshake, event: OpenExport) -> None:

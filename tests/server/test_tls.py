@@ -322,6 +322,13 @@ async def test_a_client_that_says_goodbye_is_answered_and_let_go(pool: Pool, tmp
         await until(lambda: not server._connections)
 
 
+async def test_a_client_that_closes_its_half_without_a_goodbye_is_answered(pool: Pool, tmp_path: Path) -> None:
+    async with serving(pool, **secured(tmp_path)) as server, await opened(server) as peer:
+        await peer.send(peer.request(CMD_WRITE, payload=bytes(MIB + 1)))  # too long to be written on the loop
+        peer.sock.shutdown(socket.SHUT_WR)
+        assert (await peer.reply()).error == 0
+
+
 @pytest.mark.parametrize("kept", [0, 1, 20, 100])
 async def test_a_client_that_vanishes_within_a_record_leaves_the_clone_free(
     pool: Pool, tmp_path: Path, kept: int, caplog: pytest.LogCaptureFixture
