@@ -136,7 +136,7 @@ class Connection:
         assert self._server.tls is not None
         self._sock = secured = TLSSocket(self._raw, self._server.tls, self._loop)
         await secured.handshake()
-        logger.debug("%s: %s, %s", self._peer, secured.version, secured.subject or "nobody's certificate")
+        logger.debug("%s: %s, %s", self._peer, secured.version, secured.subject or "no certificate")
 
     async def _answer(self, handshake: ServerHandshake, event: OpenExport) -> None:
         """Open the export that the client names; the time that takes is not the client's."""
