@@ -138,13 +138,9 @@ class Connection:
     async def _start_tls(self) -> None:
         assert self._server.tls is not None
         self._sock = secured = TLSSocket(self._raw, self._server.tls, self._loop)
-        try:
-            await secured.handshake()
-        except RemoteProtocolError:
-            await self._linger()  # or the client would not read the alert that says why
-            raise
+        await secured.handshake()
         self._peer = replace(self._peer, subject=secured.subject or None)
-        logger.debug("%s: %s, %s", self._peer, secured.version, secured.subject or "nobody's certificate")
+        logger.debug("%s: %s, %s", self._peer, secured.version, secured.subject or "no certificate")
 
     async def _answer(self, handshake: ServerHandshake, event: OpenExport) -> None:
         """Open the export that the client names; the time that takes is not the client's."""

@@ -195,7 +195,8 @@ class TLSSocket:
         if data:
             self._incoming.write(data)
         else:
-            self._incoming.write_eof()
+            # OpenSSL is not told: without a farewell before, it would not send the replies that are still to come.
+            self._ended = True
 
     def _decrypt(self, view: memoryview) -> int:
         """Decrypt into ``view`` as much of what was received as fits; 0 if there is no whole record."""
@@ -213,10 +214,8 @@ class TLSSocket:
                     break
         except ssl.SSLWantReadError:
             pass
-        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
-            self._ended = (
-                True  # without a word of farewell: nobody is harmed, for a request that is cut short is not run
-            )
+        except ssl.SSLZeroReturnError:
+            self._ended = True
         except ssl.SSLError:
             self._push_quietly()
             raise

@@ -215,6 +215,18 @@ async def test_requests_held_back_are_taken_up_again(
         assert all(replies[i].data == BASE[4096 * i : 4096 * i + 70_000] for i in range(200))
 
 
+async def test_a_request_behind_a_write_that_stopped_receiving_is_taken_when_it_starts_again(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The end of a payload brings the next request into memory; no descriptor tells of it any more.
+    monkeypatch.setattr(session, "MAX_IN_FLIGHT", 1)
+    async with serving(pool, **secured(tmp_path)) as server, await opened(server) as peer:
+        for length in range(MIB + 1, MIB + 8):  # each too long to be written on the loop
+            await peer.send(peer.request(CMD_WRITE, payload=bytes(length)), peer.request(CMD_READ, 512, 10, cookie=2))
+            assert (await peer.reply()).error == 0
+            assert (await peer.reply()).data == bytes(10)
+
+
 async def test_receiving_gives_others_a_turn_and_goes_on(
     pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,6 +320,13 @@ async def test_a_client_that_says_goodbye_is_answered_and_let_go(pool: Pool, tmp
         head = await asyncio.wait_for(peer._loop.sock_recv(peer.sock, 1 << 16), PATIENCE_S)
         assert len(head) > 512
         await until(lambda: not server._connections)
+
+
+async def test_a_client_that_closes_its_half_without_a_goodbye_is_answered(pool: Pool, tmp_path: Path) -> None:
+    async with serving(pool, **secured(tmp_path)) as server, await opened(server) as peer:
+        await peer.send(peer.request(CMD_WRITE, payload=bytes(MIB + 1)))  # too long to be written on the loop
+        peer.sock.shutdown(socket.SHUT_WR)
+        assert (await peer.reply()).error == 0
 
 
 @pytest.mark.parametrize("kept", [0, 1, 20, 100])
