@@ -35,7 +35,7 @@ from nbdclone.store.pool import Pool
 pytestmark = pytest.mark.timeout(400)
 
 SEED = 28
-KILLS = 6
+KILLS = 5
 LONGEST_WORK_S = 0.5  # until the next kill, from when everybody has synced something since the last
 ROUND_DEADLINE_S = 90.0
 RECONNECT_DELAY_S = 60  # qemu tries after 1, 2, 4... seconds; a server that starts takes its time on a busy machine
