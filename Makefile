@@ -48,9 +48,9 @@ integration: $(STAMP) ## the tests with other people's programs
 bench: $(STAMP) ## nbdclone beside other servers; docs/benchmarks.md says how to read it
 	$(BIN)/python -m integration.bench --cost $(ARGS)
 
-powercut: $(STAMP) ## a longer campaign of simulated power cuts; docs/durability.md has the counts
-	POWERCUT_CAMPAIGNS=900 POOL_STATES_PER_STEP=300 $(BIN)/pytest -rP --timeout 3600 \
-		tests/store/test_powercut.py tests/store/test_atomic.py
+powercut: $(STAMP) ## a longer campaign of simulated power cuts; docs/durability.md and check.md have the counts
+	POWERCUT_CAMPAIGNS=900 POOL_STATES_PER_STEP=300 CHECK_CAMPAIGNS=30 $(BIN)/pytest -rP --timeout 3600 \
+		tests/store/test_powercut.py tests/store/test_atomic.py tests/store/test_check_powercut.py
 
 traces: $(STAMP) ## a longer trace of mixed requests; docs/protocol.md has what it gave
 	TRACE_BYTES=3300000000 $(BIN)/pytest -rP --timeout 3600 tests/traps/test_traces.py

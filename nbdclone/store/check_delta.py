@@ -228,6 +228,8 @@ class Examination:
     ) -> None:
         """The marks themselves: none beyond the disk; and those whose blocks a file that is too short has not."""
         blocks = min(block_count(header.size) - segment * BLOCKS_PER_SEGMENT, BLOCKS_PER_SEGMENT)
+        if blocks == BLOCKS_PER_SEGMENT and not self._is_short():
+            return
         runs = marked_runs(bitmap)
         if runs and sum(runs[-1]) > blocks:
             cleared = _first_bits(bitmap, blocks)
@@ -241,7 +243,7 @@ class Examination:
                 # The older slot first: until it is durable the newest page stays what it was.
                 patches=self._unless_cut(segment, [(places[1 - newest], page), (places[newest], page)]),
             )
-        if self._length < file_size(header.size):
+        if self._is_short():
             kept = max(0, (self._length - segment * SEGMENT_SPAN - METADATA_SIZE) // BLOCK_SIZE)
             for first, count in runs:
                 start, end = max(first, kept), min(first + count, blocks)

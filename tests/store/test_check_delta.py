@@ -30,6 +30,7 @@ from checked import (
 from nbdclone.errors import BaseChanged, CorruptDelta, NBDCloneError
 from nbdclone.store import check_delta
 from nbdclone.store.check import check_pool, is_clean
+from nbdclone.store.check_delta import linked_to
 from nbdclone.store.delta import (
     HEADER_SLOTS,
     MAP_SLOTS,
@@ -376,6 +377,18 @@ def test_an_orphan_is_not_linked_to_a_base_of_another_content(pool: Pool, tmp_pa
     patch(tmp_path / "debian.img", 5000, b"!")
     pool.import_base(tmp_path / "debian.img", "debian")
     assert wrong(repair_and_require(pool, [], clean=False)) == [("web1", "orphan"), ("web2", "orphan")]
+
+
+def test_a_link_that_was_cut_off_between_the_two_headers_is_finished(pool: Pool, tmp_path: Path) -> None:
+    expected = content(pool)
+    base_of(pool).rename(tmp_path / "gone")
+    other = pool.import_base(tmp_path / "debian.img", "other")
+    with open(delta_of(pool), "r+b") as file:
+        (offset, new), _ = linked_to(FileSystem(), file.fileno(), bytes.fromhex(other.id), "other")
+        os.pwrite(file.fileno(), new, offset)
+    assert told(check(pool, "web1")) == [("web1", "header-older")]
+    assert content(pool) == expected
+    repair_and_require(pool, [("web1", "header-older"), ("web2", "orphan")])
 
 
 # Disks with errors

@@ -48,7 +48,7 @@ def make_sound(tmp_path_factory: pytest.TempPathFactory) -> Pool:
 
 
 # Each looks at a pool of its own, three times.
-EXAMPLES = settings.default.max_examples // 3
+EXAMPLES = settings.default.max_examples // 2
 INTERESTING = [0, 8, 16, 32, 40, 56, 72, 104, 112, 120, 122, 4092, *MAP_SLOTS, *HEADER_SLOTS, 1 << 20, (1 << 20) + 4096]
 PLACES = st.one_of(st.sampled_from(INTERESTING), st.integers(0, 1 << 21))
 CHANGES = st.lists(

@@ -117,6 +117,17 @@ def test_where_it_cannot_be_done_the_import_is_refused_and_nothing_is_left(
     assert os.listdir(pool.path / ".tmp") == []
 
 
+def test_an_import_that_fails_after_the_flag_was_set_leaves_nothing(place: Path, source: Path) -> None:
+    class Failing(FileSystem):
+        def rename(self, source: Path, target: Path) -> None:  # type: ignore[override]
+            raise OSError(errno.EIO, "Input/output error")
+
+    pool = Pool.open(place / "pool", create=True, fs=Failing())
+    with pytest.raises(OSError, match="Input/output error"):
+        pool.import_base(source, "base", immutable=True)
+    assert os.listdir(pool.path / ".tmp") == []
+
+
 def test_who_may_not_clear_the_flag_is_refused_and_nothing_is_removed(immutable_pool: Pool) -> None:
     pool = Pool.open(immutable_pool.path, fs=NotAllowed(errno.EPERM))
     with pytest.raises(StorageError, match=r"base 'base' is immutable .*only root can remove it"):
