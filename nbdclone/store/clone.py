@@ -14,6 +14,7 @@ survive; reads and flushes go on beside them.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -231,11 +232,23 @@ class Clone:
             length = block_count(self.size) * BLOCK_SIZE - offset
         with self._changing:
             self._writable().require_sound()
+            without_space: list[tuple[int, int]] = []
             for start, count in _pieces(offset, length):
-                if start & BLOCK_MASK or count < BLOCK_SIZE:
-                    self._write_partial(memoryview(_ZERO_BLOCK)[:count], start, nowait=False)
-                else:
-                    self._zero_blocks(start, count, nowait=False, allocate=allocate)
+                try:
+                    self._zero_piece(start, count, allocate)
+                except OSError as error:
+                    if allocate or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    without_space.append((start, count))
+            # A map that is new takes space; the segments after it may have given back some.
+            for start, count in without_space:
+                self._zero_piece(start, count, allocate)
+
+    def _zero_piece(self, offset: int, length: int, allocate: bool) -> None:
+        if offset & BLOCK_MASK or length < BLOCK_SIZE:
+            self._write_partial(memoryview(_ZERO_BLOCK)[:length], offset, nowait=False)
+        else:
+            self._zero_blocks(offset, length, nowait=False, allocate=allocate)
 
     def flush(self) -> None:
         """Make durable every write that was finished before the call. Raises OSError, CloneFailed."""
@@ -291,15 +304,42 @@ class Clone:
         delta = self._writable()
         length = len(view)
         position = offset + (segment + 1) * delta.stride
-        written = self._pwrite(delta.fd, view, position)
-        if written != length:
-            self._fs.pwrite_all(delta.fd, view[written:], position + written)
-        # Marked after the bytes are in the file: a flush that sees the mark has its data sync ahead of it.
         first = within >> BLOCK_SHIFT
         count = length >> BLOCK_SHIFT
-        if owners.count(self._top, first, first + count) != count:
-            self._take(segment, first, first + count)
-        delta.touched()
+        fresh = owners.count(self._top, first, first + count) != count
+        if fresh:
+            delta.reserve(segment)
+        try:
+            written = self._pwrite(delta.fd, view, position)
+            if written != length:
+                self._store_rest(view, written, offset, nowait)
+            # Marked after the bytes are in the file: a flush that sees the mark has its data sync ahead of it.
+            if fresh:
+                self._take(segment, first, first + count)
+        finally:  # also when it failed: in blocks that were ours already, some of it may be read from now on
+            delta.touched()
+
+    def _store_rest(self, view: memoryview, written: int, offset: int, nowait: bool) -> None:
+        """Write what the kernel did not take at once, mostly because the disk is full."""
+        segment, within = divmod(offset, SEGMENT_SIZE)
+        delta = self._writable()
+        try:
+            self._fs.pwrite_all(delta.fd, view[written:], offset + (segment + 1) * delta.stride + written)
+        except OSError:
+            if nowait:
+                raise BlockingIOError(errno.EAGAIN, "making a hole of what was written may wait") from None
+            self._give_back(segment, within >> BLOCK_SHIFT, (within + len(view)) >> BLOCK_SHIFT)
+            raise
+
+    def _give_back(self, segment: int, first: int, end: int) -> None:
+        """Make holes where blocks [first, end) are not ours: a change that failed has left there what nobody reads."""
+        start = (segment + 1) * self._writable().stride + segment * SEGMENT_SIZE
+        for run in _RUN.finditer(self._owners[segment], first, end):
+            if run[0][0] != self._top:
+                with contextlib.suppress(OSError):
+                    self._fs.punch(
+                        self._writable().fd, start + (run.start() << BLOCK_SHIFT), len(run[0]) << BLOCK_SHIFT
+                    )
 
     def _zero_blocks(self, offset: int, length: int, nowait: bool, allocate: bool) -> None:
         """Zero whole blocks within one segment. Blocks that are nowhere stay there, unless they are to be allocated."""
@@ -316,10 +356,19 @@ class Clone:
             # Also where the block is not ours yet: what lies at its place may be the bytes of a write that a crash
             # left unmarked. As with data, the hole is made before the mark, and a flush syncs it before the map.
             position = (segment + 1) * delta.stride + segment * SEGMENT_SIZE + (first << BLOCK_SHIFT)
-            clear(delta.fd, position, (end - first) << BLOCK_SHIFT)
-            if owners.count(self._top, first, end) != end - first:
-                self._take(segment, first, end)
-            delta.touched()
+            fresh = owners.count(self._top, first, end) != end - first
+            if fresh:
+                delta.reserve(segment)
+            try:
+                clear(delta.fd, position, (end - first) << BLOCK_SHIFT)
+                if fresh:
+                    self._take(segment, first, end)
+            except OSError:
+                if allocate:
+                    self._give_back(segment, first, end)
+                raise
+            finally:
+                delta.touched()
 
     def _write_partial(self, view: memoryview, offset: int, nowait: bool) -> None:
         """Write a part of one block. A block that is not ours yet is copied up with the new bytes in it."""
@@ -332,8 +381,10 @@ class Clone:
         if owner == self._top:
             if nowait:  # the kernel would read the rest of the page from the disk: see that it need not
                 self._read_block(block, offset - lead, nowait)
-            self._fs.pwrite_all(delta.fd, view, position)
-            delta.touched()
+            try:
+                self._fs.pwrite_all(delta.fd, view, position)
+            finally:
+                delta.touched()
             return
         self._read_block(block, offset - lead, nowait)
         block[lead : lead + len(view)] = view

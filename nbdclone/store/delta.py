@@ -241,16 +241,23 @@ class Delta:
             return uniform(index)
         return paint_bitmap(owners, bitmap, index)
 
-    def mark(self, segment: int, first: int, last: int) -> None:
-        """Note that blocks ``first`` to ``last`` of the segment are this delta's: their bytes are in the file already.
+    def reserve(self, segment: int) -> None:
+        """Take the space for the segment's map: before its first block is written, so that no flush meets a full disk.
 
-        Raises OSError (ENOSPC) before anything is noted if there is no room for the map.
+        Raises OSError (ENOSPC), and nothing was changed.
         """
         state = self._load(segment, nowait=False)
         if not state.reserved:
             for slot in MAP_SLOTS:
                 self._fs.allocate(self.fd, segment * SEGMENT_SPAN + slot, PAGE_SIZE)
             state.reserved = True
+
+    def mark(self, segment: int, first: int, last: int) -> None:
+        """Note that blocks ``first`` to ``last`` of the segment are this delta's: their bytes are in the file already.
+
+        The space for the map was taken before, by :meth:`reserve`.
+        """
+        state = self._load(segment, nowait=False)
         with self._lock:
             if not isinstance(state.bitmap, bytearray):
                 state.bitmap = bytearray(state.bitmap)
@@ -308,6 +315,7 @@ class Delta:
         except OSError as error:
             reason = os.strerror(error.errno or errno.EIO)
             self._failure = f"{self.path}: a sync failed ({reason}): no more writes until it is reopened"
+            logger.error("%s", self._failure)
             raise
 
     def _write_pages(self, noted: dict[int, bytes]) -> None:
@@ -392,7 +400,8 @@ class Delta:
             if read[0] != read[1]:
                 with self._lock:
                     self._unmirrored.add(segment)
-            return _Segment(bitmap, sequence, slot, alone=len(valid) == 1, reserved=True)
+            # A slot of zeros may be a hole: a copy of the file need not have what was reserved.
+            return _Segment(bitmap, sequence, slot, alone=len(valid) == 1, reserved=_EMPTY_PAGE not in pages)
         # Both slots empty: never written. One empty and one torn: its first write was cut off before it was durable.
         # Neither empty: something that was durable is gone.
         if _EMPTY_PAGE not in pages:
