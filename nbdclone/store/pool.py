@@ -184,22 +184,29 @@ class Pool:
         """Remove clones and bases, all or none.
 
         Raises NotFound; InUse, naming the dependants of a base that are not removed along with it, or the process that
-        has a clone open.
+        has a clone open. Needs no space: on a full disk this is what makes some.
         """
         names = list(dict.fromkeys(names))
-        with self._staging() as trash, contextlib.ExitStack() as held:
+        self._tmp.mkdir(exist_ok=True)
+        with contextlib.ExitStack() as held:
             with self._changing():
+                self._clear_leftovers()
                 places = [self._place(name) for name in names]
                 if any(place.parent == self._bases for place in places):
                     self._refuse_dependants(names)
                 for name, place in zip(names, places, strict=True):
                     self._hold(name, place, held)
-                # Clones before bases: a power cut in between leaves no clone without its base.
-                clones = [(place, trash / place.name) for place in places if place.parent == self._clones]
-                bases = [(place, trash / place.name) for place in places if place.parent == self._bases]
-                self._rename_all([*clones, *bases])
-            self._fs.sync_directory(self._clones)
-            self._fs.sync_directory(self._bases)
+                # Clones before bases: a power cut in between leaves no clone without its base. Straight into ``.tmp``,
+                # without a directory of our own: that would take a block, and the disk may have none.
+                places.sort(key=lambda place: place.parent == self._bases)
+                going = [(place, self._tmp / uuid.uuid4().hex) for place in places]
+                self._rename_all(going)
+            try:
+                self._fs.sync_directory(self._clones)
+                self._fs.sync_directory(self._bases)
+            finally:
+                for _, trash in going:
+                    self._fs.remove_tree(trash, ignore_errors=True)
 
     # Looking
 
@@ -396,6 +403,9 @@ class Pool:
             return  # a damaged one may be removed too
         held.callback(self._fs.close, fd)
         self._fs.lock(fd, place / file, f"{kind} '{name}'")
+        directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        held.callback(os.close, directory)
+        fcntl.flock(directory, fcntl.LOCK_EX)  # in ``.tmp`` it is ours, and not what the dead have left
 
     def _place(self, name: str) -> Path:
         """The directory of a base or clone. Raises NotFound."""
