@@ -216,7 +216,10 @@ class Clone:
         self.write(memoryview(data), offset)
 
     def write(self, view: memoryview, offset: int) -> None:
-        """Write ``view``; the range must be inside the disk. Raises OSError (ENOSPC: in part written), CloneFailed."""
+        """Write ``view``; the range must be inside the disk. Raises OSError, CloneFailed.
+
+        ENOSPC (the disk is full) and EDQUOT (the clone's quota): each sector holds what it held, or what was written.
+        """
         self._write(view, offset, nowait=False)
 
     def write_nowait(self, view: memoryview, offset: int) -> None:
@@ -268,10 +271,10 @@ class Clone:
                 layer.close()
 
     def _write(self, view: memoryview, offset: int, nowait: bool) -> None:
-        if not self._changing.acquire(blocking=not nowait):
+        if not self._changing.acquire(not nowait):
             raise BlockingIOError(errno.EAGAIN, "another change is under way, which may wait for a disk")
         try:
-            self._writable().require_sound()
+            (self._delta or self._writable()).require_sound()
             length = len(view)
             if not (offset | length) & BLOCK_MASK and offset % SEGMENT_SIZE + length <= SEGMENT_SIZE:
                 self._write_blocks(view, offset, nowait)
@@ -300,15 +303,23 @@ class Clone:
 
     def _store(self, view: memoryview, offset: int, nowait: bool) -> None:
         segment, within = divmod(offset, SEGMENT_SIZE)
-        owners = self._owners_of(segment, nowait)
-        delta = self._writable()
+        owners = self._owners.get(segment)
+        if owners is None:
+            owners = self._owners_of(segment, nowait)
+        delta = self._delta
+        assert delta is not None
         length = len(view)
         position = offset + (segment + 1) * delta.stride
         first = within >> BLOCK_SHIFT
         count = length >> BLOCK_SHIFT
         fresh = owners.count(self._top, first, first + count) != count
         if fresh:
-            delta.reserve(segment)
+            delta.reserve(segment, nowait)
+        # Also where the block is ours: it may be a hole.
+        quota = delta.quota
+        quota.lease -= length
+        if quota.lease < 0:
+            quota.renew(position, length, nowait)
         try:
             written = self._pwrite(delta.fd, view, position)
             if written != length:
@@ -358,7 +369,9 @@ class Clone:
             position = (segment + 1) * delta.stride + segment * SEGMENT_SIZE + (first << BLOCK_SHIFT)
             fresh = owners.count(self._top, first, end) != end - first
             if fresh:
-                delta.reserve(segment)
+                delta.reserve(segment, nowait)
+            if allocate or not delta.can_punch:
+                delta.quota.take(position, (end - first) << BLOCK_SHIFT, nowait)
             try:
                 clear(delta.fd, position, (end - first) << BLOCK_SHIFT)
                 if fresh:
@@ -381,6 +394,7 @@ class Clone:
         if owner == self._top:
             if nowait:  # the kernel would read the rest of the page from the disk: see that it need not
                 self._read_block(block, offset - lead, nowait)
+            delta.quota.take(position - lead, BLOCK_SIZE, nowait)
             try:
                 self._fs.pwrite_all(delta.fd, view, position)
             finally:
@@ -397,7 +411,7 @@ class Clone:
 
     def _take(self, segment: int, first: int, end: int) -> None:
         """Make blocks [first, end) of the segment the delta's."""
-        self._writable().mark(segment, first, end - 1)
+        (self._delta or self._writable()).mark(segment, first, end - 1)
         if end - first == BLOCKS_PER_SEGMENT:
             self._owners[segment] = uniform(self._top)
             return

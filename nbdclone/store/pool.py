@@ -35,14 +35,16 @@ from nbdclone.errors import (
     UsageError,
 )
 from nbdclone.store.clone import Clone
-from nbdclone.store.delta import Delta, Header, read_header
+from nbdclone.store.delta import Delta, Header, change_header, read_header
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem, describe_process, lock_holders
 from nbdclone.store.image import BaseRecord, Identity, Image, Progress
 from nbdclone.store.importing import import_image
-from nbdclone.store.layer import MAX_SIZE, MIN_SIZE, SECTOR_SIZE
+from nbdclone.store.layer import BLOCK_SIZE, MAX_SIZE, MIN_SIZE, SECTOR_SIZE
 
 # Names are directory names and export names, are typed by people and pasted into URIs. '@' and '+' are kept free.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# What the header's field holds, less a bit for those who read it as a signed number.
+MAX_QUOTA = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,9 @@ class BaseInfo:
 
 @dataclass(frozen=True, slots=True)
 class CloneInfo:
-    """A clone. ``allocated`` is what its delta takes on the disk; ``in_use_by`` says who has it open, in words."""
+    """A clone. ``allocated`` is what its delta takes on the disk, and ``quota`` what it may; ``in_use_by`` says who has
+    it open, in words.
+    """
 
     name: str
     id: str
@@ -70,6 +74,7 @@ class CloneInfo:
     allocated: int
     created: float
     parent: str
+    quota: int | None = None
     in_use_by: str | None = None
     error: str | None = None
 
@@ -81,6 +86,11 @@ def validate_name(name: str) -> None:
         raise InvalidName(
             f"{shown!r} cannot be a name: 1 to 100 letters, digits, '.', '-' and '_', the first a letter or digit"
         )
+
+
+def _require_quota(quota: int | None) -> None:
+    if quota is not None and not BLOCK_SIZE <= quota <= MAX_QUOTA:
+        raise UsageError(f"a quota is from {BLOCK_SIZE} to {MAX_QUOTA} bytes, not {quota}")
 
 
 class Pool:
@@ -146,17 +156,21 @@ class Pool:
             self._fs.sync_directory(self._bases)
         return self._base_info(name, clones=())
 
-    def create_clones(self, source: str, names: Sequence[str], *, size: int | None = None) -> list[CloneInfo]:
+    def create_clones(
+        self, source: str, names: Sequence[str], *, size: int | None = None, quota: int | None = None
+    ) -> list[CloneInfo]:
         """Make clones of a base, all of them or, if anything is wrong with one, none.
 
-        ``size`` in bytes (default: the base's) may be larger than the base: the rest reads as zeros. Costs the same
-        whatever the size. Raises UsageError and its children, BaseChanged, FileTooLarge.
+        ``size`` in bytes (default: the base's) may be larger than the base: the rest reads as zeros. ``quota`` is how
+        many bytes each may take on the disk (default: no end of it). Costs the same whatever the size. Raises
+        UsageError and its children, BaseChanged, FileTooLarge.
         """
         for name in names:
             validate_name(name)
         if len(set(names)) < len(names):
             raise UsageError(f"the name {max(names, key=names.count)!r} is given twice")
         self._require_free(names)
+        _require_quota(quota)
         with contextlib.closing(self._open_base(source)) as base:
             size = base.size if size is None else size
             if size < base.size:
@@ -168,9 +182,8 @@ class Pool:
             with self._no_space_left("making clones"), self._staging() as staging:
                 for name in names:
                     self._fs.mkdir(staging / name)
-                    header = Header(
-                        uuid.uuid4().bytes, base.record.id, base.record.fingerprint, size, time.time_ns(), source
-                    )
+                    identity = (uuid.uuid4().bytes, base.record.id, base.record.fingerprint)
+                    header = Header(*identity, size, time.time_ns(), source, quota=quota or 0)
                     Delta.create(staging / name / "delta", header, self._fs)
                     self._fs.sync_directory(staging / name)
                 with self._changing():
@@ -179,6 +192,23 @@ class Pool:
                     self._rename_all([(staging / name, self._clones / name) for name in names])
                 self._fs.sync_directory(self._clones)
         return [self._clone_info(name, {base.record.id: source}, {}) for name in names]
+
+    def set_quota(self, name: str, quota: int | None) -> CloneInfo:
+        """Change how many bytes a clone may take on the disk; None: no end of it.
+
+        What it has already, it keeps. Also for a clone that is open, by whichever process: it takes effect there before
+        another 64 MiB are written, and at once if the clone is at its quota. Raises UsageError and its children,
+        CorruptDelta, UnsupportedFormat.
+        """
+        _require_quota(quota)
+        with self._changing():
+            place = self._place(name)
+            if place.parent == self._bases:
+                raise UsageError(f"'{name}' is a base: only clones have a quota")
+            change_header(place / "delta", self._fs, quota=quota or 0)
+        info = self.info(name)
+        assert isinstance(info, CloneInfo)
+        return info
 
     def remove(self, names: Sequence[str]) -> None:
         """Remove clones and bases, all or none.
@@ -458,6 +488,7 @@ class Pool:
             status.st_blocks * 512,
             header.created / 1e9,
             parent or header.parent_name,
+            header.quota or None,
             describe_process(holder) if holder is not None else None,
             missing,
         )

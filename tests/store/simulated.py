@@ -400,6 +400,9 @@ class SimulatedFileSystem(FileSystem):
         if fits < length:
             raise OSError(errno.ENOSPC, "no space left")
 
+    def unallocated(self, fd: int, offset: int, length: int) -> int:
+        return PAGE * len(pages(offset, length) - self._open[fd].allocated)
+
     def _that_fits(self, fd: int, offset: int, length: int) -> int:
         """How many bytes of the range, from its begin, have their space or find some."""
         if self.capacity is None:

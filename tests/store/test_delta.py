@@ -232,21 +232,21 @@ def test_the_space_for_the_map_is_taken_once_and_before_it_is_written(path: Path
 
     with closing(opened(path, Watched())) as delta:
         before = path.stat().st_blocks
-        delta.reserve(0)
+        delta.reserve(0, nowait=False)
         assert calls == [(slot, PAGE_SIZE) for slot in MAP_SLOTS]
         assert path.stat().st_blocks * 512 >= before * 512 + 2 * PAGE_SIZE
         delta.mark(0, 2, 2)
-        delta.reserve(0)
+        delta.reserve(0, nowait=False)
         delta.flush()
         assert len(calls) == 2
     with closing(opened(path, Watched())) as delta:
-        delta.reserve(0)
+        delta.reserve(0, nowait=False)
         assert len(calls) == 2, "the pages are there already"
 
 
 def test_a_copy_of_a_delta_that_has_a_hole_for_a_map_page_gets_its_space_again(path: Path, tmp_path: Path) -> None:
     with closing(opened(path)) as delta:
-        delta.reserve(0)
+        delta.reserve(0, nowait=False)
         delta.mark(0, 1, 1)
         delta.flush()  # the first page; then it is killed, and the file copied without its zeros
         page = os.pread(delta.fd, PAGE_SIZE, MAP_SLOTS[0])
@@ -256,7 +256,7 @@ def test_a_copy_of_a_delta_that_has_a_hole_for_a_map_page_gets_its_space_again(p
     before = copy.stat().st_blocks
     with closing(opened(copy)) as delta:
         assert blocks_of(delta) == {1}
-        delta.reserve(0)
+        delta.reserve(0, nowait=False)
     assert copy.stat().st_blocks > before
 
 

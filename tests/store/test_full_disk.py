@@ -66,7 +66,7 @@ class FullDisk(Campaign):
         try:
             super()._send(offset, data, zero=zero, allocate=allocate)
         except OSError as error:
-            if error.errno == errno.ENOSPC and has_its_space:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT) and has_its_space:
                 raise LawBroken(f"a write of {len(data)} bytes at {offset} needs no space, and is refused") from error
             self.refused += 1
             raise
