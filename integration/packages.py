@@ -13,6 +13,7 @@ import os
 import shutil
 
 NEEDED = {
+    "btrfs-progs": ("mkfs.btrfs",),
     "busybox-static": ("busybox",),
     "dosfstools": ("mkfs.fat",),
     "e2fsprogs": ("mke2fs", "e2fsck"),
@@ -30,6 +31,7 @@ NEEDED = {
     "seabios": ("/usr/share/seabios/bios-256k.bin",),
     "syslinux": ("syslinux",),
     "syslinux-common": ("/usr/lib/syslinux/mbr/mbr.bin",),
+    "xfsprogs": ("mkfs.xfs",),
 }
 
 # Half of these programs live where an ordinary user's PATH does not look.
