@@ -14,6 +14,7 @@ import shutil
 from typing import NoReturn
 
 NEEDED = {
+    "btrfs-progs": ("mkfs.btrfs",),
     "busybox-static": ("busybox",),
     "dosfstools": ("mkfs.fat",),
     "e2fsprogs": ("mke2fs", "e2fsck", "debugfs"),
@@ -31,6 +32,7 @@ NEEDED = {
     "seabios": ("/usr/share/seabios/bios-256k.bin",),
     "syslinux": ("syslinux",),
     "syslinux-common": ("/usr/lib/syslinux/mbr/mbr.bin",),
+    "xfsprogs": ("mkfs.xfs",),
 }
 
 # Half of these programs live where an ordinary user's PATH does not look.

@@ -75,6 +75,15 @@ def parse_size(text: str) -> int:
     return int(match[1]) << (10 * " KMGT".index(match[2].upper() or " "))
 
 
+def parse_quota(text: str) -> int:
+    """A size, or ``none``: 0."""
+    if text.lower() == "none":
+        return 0
+    if not (size := parse_size(text)):
+        raise typer.BadParameter("a quota of nothing: give a size, or 'none' for no quota")
+    return size
+
+
 def show_size(size: int) -> str:
     """A size for a person: three digits or so, and the unit."""
     value = float(size)
@@ -136,13 +145,30 @@ def clone(
     size: Annotated[
         int | None, typer.Option("--size", parser=parse_size, metavar="SIZE", help="Larger than the source.")
     ] = None,
+    quota: Annotated[
+        int | None,
+        typer.Option("--quota", parser=parse_size, metavar="SIZE", help="The most that each may take on the disk."),
+    ] = None,
 ) -> None:
     """Make one or more clones of a base."""
-    made = _pool().create_clones(source, names, size=size)
+    made = _pool().create_clones(source, names, size=size, quota=quota)
     if len(made) == 1:
         print(f"clone '{made[0].name}' of '{source}': {show_size(made[0].size)}")
     else:
         print(f"{len(made)} clones of '{source}': {show_size(made[0].size)} each")
+
+
+@app.command()
+def quota(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A clone.")],
+    quota: Annotated[
+        int, typer.Argument(parser=parse_quota, metavar="SIZE|none", help="The most that it may take on the disk.")
+    ],
+) -> None:
+    """Change how much a clone may take on the disk, also while it is served."""
+    changed = _pool().set_quota(name, quota or None)
+    limit = f"may take {show_size(changed.quota)}" if changed.quota else "has no quota"
+    print(f"clone '{name}' {limit}, and has {show_size(changed.allocated)} on disk")
 
 
 @app.command()
@@ -161,8 +187,8 @@ def ls(as_json: Json = False) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("NAME", "KIND", "PARENT", "SIZE", "ON DISK", "CREATED", "STATE"):
-        table.add_column(title, justify="right" if title in ("SIZE", "ON DISK") else "left", no_wrap=True)
+    for title in ("NAME", "KIND", "PARENT", "SIZE", "ON DISK", "QUOTA", "CREATED", "STATE"):
+        table.add_column(title, justify="right" if title in ("SIZE", "ON DISK", "QUOTA") else "left", no_wrap=True)
     for entry in entries:
         table.add_row(
             entry.name,
@@ -170,6 +196,7 @@ def ls(as_json: Json = False) -> None:
             getattr(entry, "parent", "-"),
             show_size(entry.size),
             show_size(entry.allocated),
+            _quota(entry),
             _when(entry.created),
             _state(entry),
         )
@@ -210,6 +237,8 @@ def info(name: str, as_json: Json = False) -> None:
         "allocated": f"{show_size(entry.allocated)} ({entry.allocated} bytes)",
         "created": _when(entry.created),
     }
+    if shown.get("quota"):
+        shown["quota"] = f"{_quota(entry)} ({shown['quota']} bytes)"
     if "clones" in shown:
         shown["clones"] = ", ".join(shown["clones"]) or None
     width = max(map(len, shown)) + 2
@@ -445,6 +474,11 @@ def _state(entry: BaseInfo | CloneInfo) -> str:
 def _line(entry: BaseInfo | CloneInfo) -> str:
     state = f"  ({entry.error})" if entry.error else ""
     return f"{entry.name}  {show_size(entry.size)}, {show_size(entry.allocated)} on disk{state}"
+
+
+def _quota(entry: BaseInfo | CloneInfo) -> str:
+    limit = getattr(entry, "quota", None)
+    return show_size(limit) if limit else "-"
 
 
 def _when(seconds: float) -> str:

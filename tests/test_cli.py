@@ -106,7 +106,7 @@ def test_ls_shows_bases_and_clones_in_columns(nbdclone: Callable[..., Done], poo
     done = nbdclone("ls")
     assert (done.status, done.err) == (0, "")
     header, base, web1, web2 = [line.split() for line in done.out.splitlines()]
-    assert header == ["NAME", "KIND", "PARENT", "SIZE", "ON", "DISK", "CREATED", "STATE"]
+    assert header == ["NAME", "KIND", "PARENT", "SIZE", "ON", "DISK", "QUOTA", "CREATED", "STATE"]
     assert base[:5] == ["debian", "base", "-", "1", "MiB"]
     assert base[-2:] == ["2", "clones"]
     assert [line[:5] for line in (web1, web2)] == [[name, "clone", "debian", "1", "MiB"] for name in ("web1", "web2")]
@@ -124,7 +124,7 @@ def test_ls_in_a_pipe_cuts_nothing_off(nbdclone: Callable[..., Done], pool: Pool
     assert name in nbdclone("ls").out
 
 
-CLONE_KEYS = {"kind", "name", "id", "size", "allocated", "created", "parent", "in_use_by", "error"}
+CLONE_KEYS = {"kind", "name", "id", "size", "allocated", "created", "parent", "quota", "in_use_by", "error"}
 BASE_KEYS = {"kind", "name", "id", "size", "allocated", "created", "fingerprint", "source", "clones", "error"}
 
 
@@ -260,6 +260,39 @@ def test_what_was_found_is_told_although_the_check_cannot_go_on(
 def test_check_of_a_name_that_is_not_there_is_refused(nbdclone: Callable[..., Done], pool: Pool) -> None:
     assert_refused(nbdclone("check", "web1", "nothing"), "there is no base or clone 'nothing'")
     assert_refused(nbdclone("check", "../web1"), "there is no base or clone '../web1'")
+
+
+def test_a_quota_is_shown_changed_and_taken_away(nbdclone: Callable[..., Done], pool: Pool) -> None:
+    assert nbdclone("clone", "debian", "small", "--quota", "2M").status == 0
+    assert json.loads(nbdclone("info", "small", "--json").out)["quota"] == 2 << 20
+    assert "quota:     2 MiB (2097152 bytes)" in nbdclone("info", "small").out
+    assert [line.split()[7:9] for line in nbdclone("ls").out.splitlines() if "small" in line] == [["2", "MiB"]]
+    assert nbdclone("quota", "small", "3G") == (0, "clone 'small' may take 3 GiB, and has 8 KiB on disk\n", "")
+    with pool.open_clone("small"):  # also while it is open
+        assert nbdclone("quota", "small", "none").out == "clone 'small' has no quota, and has 8 KiB on disk\n"
+    assert json.loads(nbdclone("info", "small", "--json").out)["quota"] is None
+    assert "quota" not in nbdclone("info", "small").out
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        (("quota", "debian", "1G"), 1, "'debian' is a base: only clones have a quota"),
+        (("quota", "nowhere", "1G"), 1, "there is no base or clone 'nowhere'"),
+        (("quota", "web1", "100"), 1, "a quota is from 4096 to 9223372036854775807 bytes, not 100"),
+        (("quota", "web1", "99999999T"), 1, "a quota is from 4096 to"),
+        (("quota", "web1", "0"), 2, "a quota of nothing"),
+        (("quota", "web1", "much"), 2, "is no size"),
+        (("clone", "debian", "x", "--quota", "4095"), 1, "a quota is from 4096 to"),
+    ],
+)
+def test_what_is_no_quota_is_refused(
+    nbdclone: Callable[..., Done], pool: Pool, args: tuple[str, ...], status: int, message: str
+) -> None:
+    done = nbdclone(*args)
+    assert done.status == status
+    assert message in " ".join(done.err.split())
+    assert pool.info("web1").quota is None  # type: ignore[union-attr]
 
 
 def test_a_clone_that_is_open_is_shown_with_its_process(nbdclone: Callable[..., Done], pool: Pool) -> None:

@@ -25,7 +25,7 @@ HEADERS = (0, 524288)
 MAPS = (65536, 589824)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-HEADER = struct.Struct(">8sIIQQQ16s16s32sQQH255s")
+HEADER = struct.Struct(">8sIIQQQ16s16s32sQQH255sQ")
 MAP = struct.Struct(">4sIQQ8s4064s")
 
 
@@ -51,6 +51,7 @@ class Header:
             self.created,
             length,
             name,
+            self.quota,
         ) = HEADER.unpack_from(page)
         self.parent_name = name[:length].decode(errors="replace")  # a hint
 
@@ -517,6 +518,20 @@ def test_the_header_says_what_the_project_says(store: Path, base: Disk) -> None:
     for at in HEADERS:
         page = get(delta_of(store), BLOCK, at)
         assert not any(page[122 + len("base") : 4092])
+
+
+def test_a_quota_stands_in_both_slots_of_the_header_and_means_nothing_to_a_reader(store: Path, written: Disk) -> None:
+    pool = Pool.open(str(store))
+    with pool.open_clone("clone"):
+        pool.set_quota("clone", 5 << 20)
+    for at in HEADERS:
+        header = Header.of(get(delta_of(store), BLOCK, at))
+        assert header is not None
+        assert header.quota == 5 << 20
+    both_read(store, written)
+    pool.set_quota("clone", None)
+    with Reader(store, "clone") as reader:
+        assert reader.header.quota == 0
 
 
 def test_the_manifest_is_the_hashes_of_the_image(store: Path, base: Disk) -> None:

@@ -14,6 +14,7 @@ survive; reads and flushes go on beside them.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -220,7 +221,10 @@ class Clone:
         self.write(memoryview(data), offset)
 
     def write(self, view: memoryview, offset: int) -> None:
-        """Write ``view``; the range must be inside the disk. Raises OSError (ENOSPC: in part written), CloneFailed."""
+        """Write ``view``; the range must be inside the disk. Raises OSError, CloneFailed.
+
+        ENOSPC (the disk is full) and EDQUOT (the clone's quota): each sector holds what it held, or what was written.
+        """
         self._write(view, offset, nowait=False)
 
     def write_nowait(self, view: memoryview, offset: int) -> None:
@@ -236,11 +240,23 @@ class Clone:
             length = block_count(self.size) * BLOCK_SIZE - offset
         with self._changing:
             self._writable().require_sound()
+            without_space: list[tuple[int, int]] = []
             for start, count in _pieces(offset, length):
-                if start & BLOCK_MASK or count < BLOCK_SIZE:
-                    self._write_partial(memoryview(_ZERO_BLOCK)[:count], start, nowait=False)
-                else:
-                    self._zero_blocks(start, count, nowait=False, allocate=allocate)
+                try:
+                    self._zero_piece(start, count, allocate)
+                except OSError as error:
+                    if allocate or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    without_space.append((start, count))
+            # A map that is new takes space; the segments after it may have given back some.
+            for start, count in without_space:
+                self._zero_piece(start, count, allocate)
+
+    def _zero_piece(self, offset: int, length: int, allocate: bool) -> None:
+        if offset & BLOCK_MASK or length < BLOCK_SIZE:
+            self._write_partial(memoryview(_ZERO_BLOCK)[:length], offset, nowait=False)
+        else:
+            self._zero_blocks(offset, length, nowait=False, allocate=allocate)
 
     def flush(self) -> None:
         """Make durable every write that was finished before the call. Raises OSError, CloneFailed."""
@@ -260,10 +276,10 @@ class Clone:
                 layer.close()
 
     def _write(self, view: memoryview, offset: int, nowait: bool) -> None:
-        if not self._changing.acquire(blocking=not nowait):
+        if not self._changing.acquire(not nowait):
             raise BlockingIOError(errno.EAGAIN, "another change is under way, which may wait for a disk")
         try:
-            self._writable().require_sound()
+            (self._delta or self._writable()).require_sound()
             length = len(view)
             if not (offset | length) & BLOCK_MASK and offset % SEGMENT_SIZE + length <= SEGMENT_SIZE:
                 self._write_blocks(view, offset, nowait)
@@ -292,19 +308,54 @@ class Clone:
 
     def _store(self, view: memoryview, offset: int, nowait: bool) -> None:
         segment, within = divmod(offset, SEGMENT_SIZE)
-        owners = self._owners_of(segment, nowait)
-        delta = self._writable()
+        owners = self._owners.get(segment)
+        if owners is None:
+            owners = self._owners_of(segment, nowait)
+        delta = self._delta
+        assert delta is not None
         length = len(view)
         position = offset + (segment + 1) * delta.stride
-        written = self._pwrite(delta.fd, view, position)
-        if written != length:
-            self._fs.pwrite_all(delta.fd, view[written:], position + written)
-        # Marked after the bytes are in the file: a flush that sees the mark has its data sync ahead of it.
         first = within >> BLOCK_SHIFT
         count = length >> BLOCK_SHIFT
-        if owners.count(self._top, first, first + count) != count:
-            self._take(segment, first, first + count)
-        delta.touched()
+        fresh = owners.count(self._top, first, first + count) != count
+        if fresh:
+            delta.reserve(segment, nowait)
+        # Also where the block is ours: it may be a hole.
+        quota = delta.quota
+        quota.lease -= length
+        if quota.lease < 0:
+            quota.renew(position, length, nowait)
+        try:
+            written = self._pwrite(delta.fd, view, position)
+            if written != length:
+                self._store_rest(view, written, offset, nowait)
+            # Marked after the bytes are in the file: a flush that sees the mark has its data sync ahead of it.
+            if fresh:
+                self._take(segment, first, first + count)
+        finally:  # also when it failed: in blocks that were ours already, some of it may be read from now on
+            delta.touched()
+
+    def _store_rest(self, view: memoryview, written: int, offset: int, nowait: bool) -> None:
+        """Write what the kernel did not take at once, mostly because the disk is full."""
+        segment, within = divmod(offset, SEGMENT_SIZE)
+        delta = self._writable()
+        try:
+            self._fs.pwrite_all(delta.fd, view[written:], offset + (segment + 1) * delta.stride + written)
+        except OSError:
+            if nowait:
+                raise BlockingIOError(errno.EAGAIN, "making a hole of what was written may wait") from None
+            self._give_back(segment, within >> BLOCK_SHIFT, (within + len(view)) >> BLOCK_SHIFT)
+            raise
+
+    def _give_back(self, segment: int, first: int, end: int) -> None:
+        """Make holes where blocks [first, end) are not ours: a change that failed has left there what nobody reads."""
+        start = (segment + 1) * self._writable().stride + segment * SEGMENT_SIZE
+        for run in _RUN.finditer(self._owners[segment], first, end):
+            if run[0][0] != self._top:
+                with contextlib.suppress(OSError):
+                    self._fs.punch(
+                        self._writable().fd, start + (run.start() << BLOCK_SHIFT), len(run[0]) << BLOCK_SHIFT
+                    )
 
     def _zero_blocks(self, offset: int, length: int, nowait: bool, allocate: bool) -> None:
         """Zero whole blocks within one segment. Blocks that are nowhere stay there, unless they are to be allocated."""
@@ -323,10 +374,21 @@ class Clone:
             # Also where the block is not ours yet: what lies at its place may be the bytes of a write that a crash
             # left unmarked. As with data, the hole is made before the mark, and a flush syncs it before the map.
             position = (segment + 1) * delta.stride + segment * SEGMENT_SIZE + (first << BLOCK_SHIFT)
-            clear(delta.fd, position, (end - first) << BLOCK_SHIFT)
-            if owners.count(self._top, first, end) != end - first:
-                self._take(segment, first, end)
-            delta.touched()
+            fresh = owners.count(self._top, first, end) != end - first
+            if fresh:
+                delta.reserve(segment, nowait)
+            if allocate or not delta.can_punch:
+                delta.quota.take(position, (end - first) << BLOCK_SHIFT, nowait)
+            try:
+                clear(delta.fd, position, (end - first) << BLOCK_SHIFT)
+                if fresh:
+                    self._take(segment, first, end)
+            except OSError:
+                if allocate:
+                    self._give_back(segment, first, end)
+                raise
+            finally:
+                delta.touched()
 
     def _write_partial(self, view: memoryview, offset: int, nowait: bool) -> None:
         """Write a part of one block. A block that is not ours yet is copied up with the new bytes in it."""
@@ -339,8 +401,11 @@ class Clone:
         if owner == self._top:
             if nowait:  # the kernel would read the rest of the page from the disk: see that it need not
                 self._read_block(block, offset - lead, nowait)
-            self._fs.pwrite_all(delta.fd, view, position)
-            delta.touched()
+            delta.quota.take(position - lead, BLOCK_SIZE, nowait)
+            try:
+                self._fs.pwrite_all(delta.fd, view, position)
+            finally:
+                delta.touched()
             return
         self._read_block(block, offset - lead, nowait)
         block[lead : lead + len(view)] = view
@@ -353,7 +418,7 @@ class Clone:
 
     def _take(self, segment: int, first: int, end: int) -> None:
         """Make blocks [first, end) of the segment the delta's."""
-        self._writable().mark(segment, first, end - 1)
+        (self._delta or self._writable()).mark(segment, first, end - 1)
         if end - first == BLOCKS_PER_SEGMENT:
             self._owners[segment] = uniform(self._top)
             return

@@ -32,10 +32,11 @@ import os
 import struct
 import threading
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from nbdclone.errors import CloneFailed, CorruptDelta, FileTooLarge, NotFound, UnsupportedFormat
+from nbdclone.errors import CloneFailed, CorruptDelta, FileTooLarge, NotFound, StorageError, UnsupportedFormat
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem
 from nbdclone.store.layer import (
     BITMAP_SIZE,
@@ -47,6 +48,7 @@ from nbdclone.store.layer import (
     paint_bitmap,
     uniform,
 )
+from nbdclone.store.quota import Quota
 
 logger = logging.getLogger("nbdclone")
 
@@ -59,8 +61,9 @@ MAP_SLOTS = (64 << 10, 576 << 10)
 VERSION = 1
 MAGIC = b"NBDDELTA"
 # Header: magic, version, block size, features that a reader must know, features that it may ignore, sequence, id,
-# parent's id, fingerprint of the base, size, time of creation (Unix, ns), length of the parent's name, that name.
-HEADER = struct.Struct(">8sIIQQQ16s16s32sQQH255s")
+# parent's id, fingerprint of the base, size, time of creation (Unix, ns), length of the parent's name, that name, the
+# quota.
+HEADER = struct.Struct(">8sIIQQQ16s16s32sQQH255sQ")
 # The last four bytes of the header's page: CRC-32 (as in zlib) of the 4092 before them.
 CHECKSUM = struct.Struct(">I")
 # Map page: magic, CRC-32 of all that follows, segment, sequence, first eight bytes of the delta's id; then the bitmap.
@@ -74,7 +77,10 @@ _EMPTY_PAGE = bytes(PAGE_SIZE)
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a delta says of itself. ``parent_name`` is for people and for a first guess: the id is what counts."""
+    """What a delta says of itself. ``parent_name`` is for people and for a first guess: the id is what counts.
+
+    ``quota`` is how many bytes the file may take on the disk; 0: no end of it.
+    """
 
     id: bytes
     parent_id: bytes
@@ -83,12 +89,13 @@ class Header:
     created: int
     parent_name: str
     sequence: int = 1
+    quota: int = 0
 
     def encode(self) -> bytes:
         name = self.parent_name.encode()
         body = HEADER.pack(
             MAGIC, VERSION, BLOCK_SIZE, 0, 0, self.sequence, self.id, self.parent_id, self.fingerprint,
-            self.size, self.created, len(name), name,
+            self.size, self.created, len(name), name, self.quota,
         ).ljust(PAGE_SIZE - CHECKSUM.size, b"\0")  # fmt: skip
         return body + CHECKSUM.pack(zlib.crc32(body))
 
@@ -96,7 +103,7 @@ class Header:
     def decode(cls, page: bytes, path: str) -> Header:
         """Raises CorruptDelta or UnsupportedFormat."""
         fields = HEADER.unpack_from(page)
-        magic, version, block_size, incompatible, _compatible, sequence, *identity, name_length, name = fields
+        magic, version, block_size, incompatible, _compatible, sequence, *identity, name_length, name, quota = fields
         if magic != MAGIC:
             raise CorruptDelta(path, "not a delta (no NBDDELTA at its start)")
         if len(page) != PAGE_SIZE or zlib.crc32(page[: -CHECKSUM.size]) != CHECKSUM.unpack(page[-CHECKSUM.size :])[0]:
@@ -111,7 +118,7 @@ class Header:
             fields_read = f"block size {block_size}, size {size}, name of {name_length} bytes"
             raise CorruptDelta(path, f"its header makes no sense ({fields_read})")
         parent_name = name[:name_length].decode(errors="replace")
-        return cls(own_id, parent_id, fingerprint, size, created, parent_name, sequence)
+        return cls(own_id, parent_id, fingerprint, size, created, parent_name, sequence, quota)
 
 
 def encode_map_page(segment: int, sequence: int, delta_id: bytes, bitmap: bytes) -> bytes:
@@ -159,6 +166,7 @@ class Delta:
         self.fd = fd
         self.size = header.size
         self.damaged_pages: list[str] = []  # slots that failed their checksum; the other slot served
+        self.quota = Quota(fd, header.quota > 0, self._quota_now, fs)
         self._fs = fs
         self._segments: dict[int, _Segment] = {}
         self._dirty: set[int] = set()
@@ -231,6 +239,12 @@ class Delta:
         """Can this file system make holes? Tried on a place of the metadata that is always a hole."""
         return self._fs.can_punch(self.fd, MAP_SLOTS[0] + PAGE_SIZE, PAGE_SIZE)
 
+    def _quota_now(self) -> int:
+        """The quota as the header has it now: another process may have changed it."""
+        with contextlib.suppress(StorageError):
+            self.header = replace(self.header, quota=read_header(self.fd, str(self.path), self._fs).quota)
+        return self.header.quota
+
     # The map
 
     def paint(self, segment: int, owners: bytes, index: int, nowait: bool) -> bytes:
@@ -241,16 +255,24 @@ class Delta:
             return uniform(index)
         return paint_bitmap(owners, bitmap, index)
 
+    def reserve(self, segment: int, nowait: bool) -> None:
+        """Take the space for the segment's map: before its first block is written, so that no flush meets a full disk.
+
+        Raises OSError (ENOSPC, EDQUOT), and nothing was changed; BlockingIOError if ``nowait`` and it may wait.
+        """
+        state = self._segments.get(segment) or self._load(segment, nowait)
+        if not state.reserved:
+            for slot in MAP_SLOTS:
+                self.quota.take(segment * SEGMENT_SPAN + slot, PAGE_SIZE, nowait)
+                self._fs.allocate(self.fd, segment * SEGMENT_SPAN + slot, PAGE_SIZE)
+            state.reserved = True
+
     def mark(self, segment: int, first: int, last: int) -> None:
         """Note that blocks ``first`` to ``last`` of the segment are this delta's: their bytes are in the file already.
 
-        Raises OSError (ENOSPC) before anything is noted if there is no room for the map.
+        The space for the map was taken before, by :meth:`reserve`.
         """
         state = self._load(segment, nowait=False)
-        if not state.reserved:
-            for slot in MAP_SLOTS:
-                self._fs.allocate(self.fd, segment * SEGMENT_SPAN + slot, PAGE_SIZE)
-            state.reserved = True
         with self._lock:
             if not isinstance(state.bitmap, bytearray):
                 state.bitmap = bytearray(state.bitmap)
@@ -308,6 +330,7 @@ class Delta:
         except OSError as error:
             reason = os.strerror(error.errno or errno.EIO)
             self._failure = f"{self.path}: a sync failed ({reason}): no more writes until it is reopened"
+            logger.error("%s", self._failure)
             raise
 
     def _write_pages(self, noted: dict[int, bytes]) -> None:
@@ -392,7 +415,8 @@ class Delta:
             if read[0] != read[1]:
                 with self._lock:
                     self._unmirrored.add(segment)
-            return _Segment(bitmap, sequence, slot, alone=len(valid) == 1, reserved=True)
+            # A slot of zeros may be a hole: a copy of the file need not have what was reserved.
+            return _Segment(bitmap, sequence, slot, alone=len(valid) == 1, reserved=_EMPTY_PAGE not in pages)
         # Both slots empty: never written. One empty and one torn: its first write was cut off before it was durable.
         # Neither empty: something that was durable is gone.
         if _EMPTY_PAGE not in pages:
@@ -428,6 +452,26 @@ def read_header(fd: int, path: str, fs: FileSystem = FILE_SYSTEM) -> Header:
     if not headers:
         raise errors[0]
     return max(headers, key=lambda header: header.sequence)
+
+
+def change_header(path: Path, fs: FileSystem = FILE_SYSTEM, **changes: Any) -> Header:
+    """Write the header with these fields changed, durably. The caller sees to it that nobody else does.
+
+    Another process may have the delta open: it goes on with what it read, but for the quota. A power cut leaves the old
+    header or the new one: first the slot that is not the newest is written and synced, then the other. Both have their
+    space. Raises what ``read_header`` raises, OSError.
+    """
+    fd = fs.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        header = read_header(fd, str(path), fs)
+        changed = replace(header, sequence=header.sequence + 1, **changes)
+        page = header.encode()
+        for slot in sorted(HEADER_SLOTS, key=lambda slot: read_page(fs, fd, slot, nowait=False) == page):
+            fs.pwrite_all(fd, changed.encode(), slot)
+            fs.datasync(fd)
+    finally:
+        fs.close(fd)
+    return changed
 
 
 def _renew_header(fd: int, path: Path, header: Header, fs: FileSystem) -> None:

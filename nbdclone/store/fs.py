@@ -14,6 +14,7 @@ import fcntl
 import os
 import shutil
 import stat
+import struct
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,6 +38,13 @@ FS_IMMUTABLE_FL = 0x10
 _NO_FILE = frozenset(
     (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EOVERFLOW)
 )
+
+# From linux/fs.h and linux/fiemap.h: where the extents of a range are. The request: start, length, flags, extents told,
+# extents that there is room for. An extent: its place in the file, on the disk, its length.
+FS_IOC_FIEMAP = 0xC020660B
+FIEMAP = struct.Struct("=QQIIII")
+FIEMAP_EXTENT = struct.Struct("=QQQ32x")
+FIEMAP_EXTENTS = 256  # asked for at once
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -127,6 +135,30 @@ class FileSystem:
             if error.errno != errno.EOPNOTSUPP:
                 raise
             self._write_zeros(fd, offset, length)
+
+    def unallocated(self, fd: int, offset: int, length: int) -> int:
+        """How many bytes of the range have no space on the disk yet.
+
+        Where the file system does not tell extents (tmpfs, NFS), space that was taken ahead of its data counts as none.
+        """
+        missing, stop = 0, offset + length
+        request = bytearray(FIEMAP.size + FIEMAP_EXTENTS * FIEMAP_EXTENT.size)
+        while offset < stop:
+            FIEMAP.pack_into(request, 0, offset, stop - offset, 0, 0, FIEMAP_EXTENTS, 0)
+            try:
+                fcntl.ioctl(fd, FS_IOC_FIEMAP, request)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
+                    raise
+                return missing + _holes(self, fd, offset, stop)
+            told = FIEMAP.unpack_from(request)[3]
+            for index in range(told):
+                start, _, size = FIEMAP_EXTENT.unpack_from(request, FIEMAP.size + index * FIEMAP_EXTENT.size)
+                missing += max(min(start, stop) - offset, 0)
+                offset = max(offset, min(start + size, stop))
+            if told < FIEMAP_EXTENTS:
+                return missing + stop - offset
+        return missing
 
     def reflink(self, target_fd: int, source_fd: int) -> bool:
         """Make the target share the source's extents; False where that cannot be done."""
@@ -235,6 +267,15 @@ def data_and_holes(fs: FileSystem, fd: int, start: int, stop: int, unit: int) ->
             yield False, start
         else:
             start = stop
+
+
+def _holes(fs: FileSystem, fd: int, start: int, stop: int) -> int:
+    """How many bytes of the range are holes."""
+    count = 0
+    for hole, end in data_and_holes(fs, fd, start, stop, unit=1):
+        count += end - start if hole else 0
+        start = end
+    return count
 
 
 def seek_extent(fs: FileSystem, fd: int, position: int, whence: int, otherwise: int) -> int:

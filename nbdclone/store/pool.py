@@ -36,16 +36,19 @@ from nbdclone.errors import (
     UsageError,
 )
 from nbdclone.store.clone import Clone
-from nbdclone.store.delta import Delta, Header, read_header
+from nbdclone.store.delta import Delta, Header, change_header, read_header
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem, describe_process, lock_holders
 from nbdclone.store.image import BaseRecord, Identity, Image, Progress, thaw, thaw_bases
 from nbdclone.store.importing import import_image
-from nbdclone.store.layer import MAX_SIZE, MIN_SIZE, SECTOR_SIZE
+from nbdclone.store.layer import BLOCK_SIZE, MAX_SIZE, MIN_SIZE, SECTOR_SIZE
 
 _SETTINGS = "settings.toml"
-_ENTRIES = {"bases", "clones", _SETTINGS, ".lock", ".server", ".tmp"}
+# What is in a pool's directory.
+ENTRIES = {"bases", "clones", _SETTINGS, ".lock", ".server", ".tmp"}
 # Names are directory names and export names, are typed by people and pasted into URIs. '@' and '+' are kept free.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# What the header's field holds, less a bit for those who read it as a signed number.
+MAX_QUOTA = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,9 @@ class BaseInfo:
 
 @dataclass(frozen=True, slots=True)
 class CloneInfo:
-    """A clone. ``allocated`` is what its delta takes on the disk; ``in_use_by`` says who has it open, in words."""
+    """A clone. ``allocated`` is what its delta takes on the disk, and ``quota`` what it may; ``in_use_by`` says who has
+    it open, in words.
+    """
 
     name: str
     id: str
@@ -73,6 +78,7 @@ class CloneInfo:
     allocated: int
     created: float
     parent: str
+    quota: int | None = None
     in_use_by: str | None = None
     error: str | None = None
 
@@ -89,6 +95,11 @@ def validate_name(name: str) -> None:
         raise InvalidName(
             f"{shown!r} cannot be a name: 1 to 100 letters, digits, '.', '-' and '_', the first a letter or digit"
         )
+
+
+def _require_quota(quota: int | None) -> None:
+    if quota is not None and not BLOCK_SIZE <= quota <= MAX_QUOTA:
+        raise UsageError(f"a quota is from {BLOCK_SIZE} to {MAX_QUOTA} bytes, not {quota}")
 
 
 class Pool:
@@ -115,7 +126,7 @@ class Pool:
             raise NotFound(f"{path} is not a pool: 'nbdclone --pool {path} import FILE' makes one")
         if pool.path.exists() and not pool.path.is_dir():
             raise UsageError(f"{path} is not a directory")
-        if pool.path.is_dir() and not set(os.listdir(path)) <= _ENTRIES:
+        if pool.path.is_dir() and not set(os.listdir(path)) <= ENTRIES:
             raise UsageError(f"{path} is not a pool, and not empty: give a directory of its own")
         missing = [directory for directory in (pool.path, *pool.path.parents) if not directory.exists()]
         for directory in (pool._tmp, pool._bases, pool._clones):
@@ -157,17 +168,21 @@ class Pool:
             self._fs.sync_directory(self._bases)
         return self._base_info(name, clones=())
 
-    def create_clones(self, source: str, names: Sequence[str], *, size: int | None = None) -> list[CloneInfo]:
+    def create_clones(
+        self, source: str, names: Sequence[str], *, size: int | None = None, quota: int | None = None
+    ) -> list[CloneInfo]:
         """Make clones of a base, all of them or, if anything is wrong with one, none.
 
-        ``size`` in bytes (default: the base's) may be larger than the base: the rest reads as zeros. Costs the same
-        whatever the size. Raises UsageError and its children, BaseChanged, FileTooLarge.
+        ``size`` in bytes (default: the base's) may be larger than the base: the rest reads as zeros. ``quota`` is how
+        many bytes each may take on the disk (default: no end of it). Costs the same whatever the size. Raises
+        UsageError and its children, BaseChanged, FileTooLarge.
         """
         for name in names:
             validate_name(name)
         if len(set(names)) < len(names):
             raise UsageError(f"the name {max(names, key=names.count)!r} is given twice")
         self._require_free(names)
+        _require_quota(quota)
         with contextlib.closing(self._open_base(source)) as base:
             size = base.size if size is None else size
             if size < base.size:
@@ -179,9 +194,8 @@ class Pool:
             with self._no_space_left("making clones"), self._staging() as staging:
                 for name in names:
                     self._fs.mkdir(staging / name)
-                    header = Header(
-                        uuid.uuid4().bytes, base.record.id, base.record.fingerprint, size, time.time_ns(), source
-                    )
+                    identity = (uuid.uuid4().bytes, base.record.id, base.record.fingerprint)
+                    header = Header(*identity, size, time.time_ns(), source, quota=quota or 0)
                     Delta.create(staging / name / "delta", header, self._fs)
                     self._fs.sync_directory(staging / name)
                 with self._changing():
@@ -191,15 +205,34 @@ class Pool:
                 self._fs.sync_directory(self._clones)
         return [self._clone_info(name, {base.record.id: source}, {}) for name in names]
 
+    def set_quota(self, name: str, quota: int | None) -> CloneInfo:
+        """Change how many bytes a clone may take on the disk; None: no end of it.
+
+        What it has already, it keeps. Also for a clone that is open, by whichever process: it takes effect there before
+        another 64 MiB are written, and at once if the clone is at its quota. Raises UsageError and its children,
+        CorruptDelta, UnsupportedFormat.
+        """
+        _require_quota(quota)
+        with self._changing():
+            place = self._place(name)
+            if place.parent == self._bases:
+                raise UsageError(f"'{name}' is a base: only clones have a quota")
+            change_header(place / "delta", self._fs, quota=quota or 0)
+        info = self.info(name)
+        assert isinstance(info, CloneInfo)
+        return info
+
     def remove(self, names: Sequence[str]) -> None:
         """Remove clones and bases, all or none.
 
         Raises NotFound; InUse, naming the dependants of a base that are not removed along with it, or the process that
-        has a clone open.
+        has a clone open. Needs no space: on a full disk this is what makes some.
         """
         names = list(dict.fromkeys(names))
-        with self._staging() as trash, contextlib.ExitStack() as held:
+        self._tmp.mkdir(exist_ok=True)
+        with contextlib.ExitStack() as held:
             with self._changing():
+                self._clear_leftovers()
                 places = [self._place(name) for name in names]
                 if any(place.parent == self._bases for place in places):
                     self._refuse_dependants(names)
@@ -207,12 +240,17 @@ class Pool:
                     self._hold(name, place, held)
                 for name, place in zip(names, places, strict=True):
                     thaw(self._fs, place / "image", name)
-                # Clones before bases: a power cut in between leaves no clone without its base.
-                clones = [(place, trash / place.name) for place in places if place.parent == self._clones]
-                bases = [(place, trash / place.name) for place in places if place.parent == self._bases]
-                self._rename_all([*clones, *bases])
-            self._fs.sync_directory(self._clones)
-            self._fs.sync_directory(self._bases)
+                # Clones before bases: a power cut in between leaves no clone without its base. Straight into ``.tmp``,
+                # without a directory of our own: that would take a block, and the disk may have none.
+                places.sort(key=lambda place: place.parent == self._bases)
+                going = [(place, self._tmp / uuid.uuid4().hex) for place in places]
+                self._rename_all(going)
+            try:
+                self._fs.sync_directory(self._clones)
+                self._fs.sync_directory(self._bases)
+            finally:
+                for _, trash in going:
+                    self._fs.remove_tree(trash, ignore_errors=True)
 
     # Looking
 
@@ -415,6 +453,9 @@ class Pool:
             return
         held.callback(self._fs.close, fd)
         self._fs.lock(fd, place / file, f"{kind} '{name}'")
+        directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        held.callback(os.close, directory)
+        fcntl.flock(directory, fcntl.LOCK_EX)  # in ``.tmp`` it is ours, and not what the dead have left
 
     def _place(self, name: str) -> Path:
         """The directory of a base or clone. Raises NotFound."""
@@ -467,6 +508,7 @@ class Pool:
             status.st_blocks * 512,
             header.created / 1e9,
             parent or header.parent_name,
+            header.quota or None,
             describe_process(holder) if holder is not None else None,
             missing,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from pathlib import Path
 
@@ -179,3 +180,19 @@ def test_errors_are_described_without_paths_of_the_system_and_in_one_line() -> N
     assert describe(OSError(errno.ENOSPC, "x", "/some/file")) == "No space left on device"
     assert describe(NotFound("there is no clone 'x'")) == "there is no clone 'x'"
     assert describe(ValueError("odd")) == "ValueError: odd"
+
+
+async def test_at_its_quota_a_clone_is_refused_in_words_and_another_is_not(pool: Pool) -> None:
+    await asyncio.to_thread(pool.set_quota, "web1", MIB)
+    async with serving(pool) as server, await Peer.open(server, "web1") as peer, await connect(server, "web2") as other:
+        assert (await peer.run(CMD_WRITE, 0, payload=b"x" * 4096)).error == 0
+        for length in (2 * MIB, MIB):  # in a thread from the start, and on the loop at first
+            reply = await peer.run(CMD_WRITE, 0, payload=b"x" * length)
+            assert (reply.error, reply.message) == (ENOSPC, "Disk quota exceeded")
+        assert (await peer.run(CMD_WRITE, 0, payload=b"y" * 4096)).error == 0
+        assert (await peer.run(CMD_TRIM, 0, 4096)).error == 0
+        assert (await peer.run(CMD_FLUSH)).error == 0
+        assert (await peer.run(CMD_READ, 8192, 512)).data == BASE[8192:8704]
+        await other.pwrite(b"z" * (2 * MIB), 0)
+        await asyncio.to_thread(pool.set_quota, "web1", 3 * MIB)
+        assert (await peer.run(CMD_WRITE, 0, payload=b"x" * (2 * MIB))).error == 0

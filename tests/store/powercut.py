@@ -192,7 +192,7 @@ class Campaign:
             else:
                 self._write()
         except (CloneFailed, OSError) as error:
-            if isinstance(error, CloneFailed) or error.errno != errno.ENOSPC:
+            if isinstance(error, CloneFailed) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 self._give_up()
             self._ledger.observe(read_sectors(self._clone), durable=False)
         if self._rng.random() < 0.1:

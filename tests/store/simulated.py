@@ -2,7 +2,8 @@
 
 Of every file it keeps what reads see (the page cache), what is durable, and each change since the last sync; of every
 directory the same with its entries. :meth:`Tree.crash` gives a state that a real disk may be found in after the power
-went: from what was not synced anything may be there or not, in any order, and torn at sectors of 512 bytes.
+went: from what was not synced anything may be there or not, in any order, and torn at sectors of 512 bytes. The disk
+may have a capacity.
 
 :class:`SimulatedFileSystem` offers this as the file system of the store. ``on_step`` is called before anything
 changes or is synced: there a test looks at the states, lets something else happen at that very moment, or raises an
@@ -24,6 +25,7 @@ from nbdclone.store.fs import FileSystem
 
 SECTOR = 512
 ZEROS = bytes(SECTOR)
+PAGE = 4096  # the unit in which space is taken
 
 Sectors = dict[int, bytes]  # by number; one that is missing holds zeros
 
@@ -44,6 +46,8 @@ class File:
     durable_size: int = 0
     durable: Sectors = field(default_factory=dict)
     pending: list[Change] = field(default_factory=list)
+    allocated: set[int] = field(default_factory=set)  # pages that have their space
+    durably_allocated: set[int] = field(default_factory=set)
 
     def read(self, offset: int, length: int) -> bytes:
         length = max(0, min(length, self.size - offset))
@@ -57,11 +61,12 @@ class File:
         whole = bytearray(b"".join([self.cached.get(number, ZEROS) for number in range(first, end)]))
         whole[lead : lead + len(data)] = data
         sectors = {first + at // SECTOR: bytes(whole[at : at + SECTOR]) for at in range(0, len(whole), SECTOR)}
+        self.allocated |= pages(offset, len(data))
         grown = max(self.size, offset + len(data))
         self._change(sectors, grown if grown > self.size else None)
 
     def clear(self, offset: int, length: int) -> None:
-        """Make whole sectors zeros: a hole, or zeros with their space."""
+        """Make whole sectors zeros, with or without their space."""
         first, end = offset // SECTOR, (offset + length) // SECTOR
         self._change({number: ZEROS for number in self.cached if first <= number < end})
 
@@ -101,7 +106,14 @@ class File:
             after.size = after.size if change.size is None else change.size
         after.durable = dict(after.cached)
         after.durable_size = after.size
+        filled = {number * SECTOR // PAGE for number, content in after.cached.items() if content != ZEROS}
+        after.allocated = self.durably_allocated | filled
+        after.durably_allocated = set(after.allocated)
         return after
+
+
+def pages(offset: int, length: int) -> set[int]:
+    return set(range(offset // PAGE, -(-(offset + length) // PAGE)))
 
 
 def _survivors(pending: list[Change], rng: random.Random) -> Iterable[Change]:
@@ -284,12 +296,18 @@ def _write_out(directory: Directory, path: Path) -> None:
 
 
 class SimulatedFileSystem(FileSystem):
-    """The store's file system over a :class:`Tree`: one process, its page cache, and a disk."""
+    """The store's file system over a :class:`Tree`: one process, its page cache, and a disk.
+
+    ``capacity``, in pages, is what all files may take together: a call that needs more takes what there is, and answers
+    as the kernel may, with what it did or with ENOSPC. None: no end of it.
+    """
 
     def __init__(self, tree: Tree | None = None) -> None:
         self.tree = tree or Tree()
         self.on_step: Callable[[str], None] = lambda what: None
+        self.on_read: Callable[[], None] = lambda: None
         self.rng = random.Random(0)
+        self.capacity: int | None = None
         self._open: dict[int, File] = {}
         self._locked: dict[int, File] = {}
         self._next = 1000
@@ -303,7 +321,13 @@ class SimulatedFileSystem(FileSystem):
 
     def crash(self, rng: random.Random) -> SimulatedFileSystem:
         """The power is cut, and comes back."""
-        return SimulatedFileSystem(self.tree.crash(rng))
+        after = SimulatedFileSystem(self.tree.crash(rng))
+        after.capacity = self.capacity
+        return after
+
+    def used(self) -> int:
+        """How many pages all files take."""
+        return sum(len(file.allocated) for file in _files(self.tree.root))
 
     def add_file(self, path: str, file: File) -> None:
         where = Path(path)
@@ -332,6 +356,7 @@ class SimulatedFileSystem(FileSystem):
         self._locked.pop(fd, None)
 
     def preadv(self, fd: int, buffers: Any, offset: int, flags: int = 0) -> int:  # type: ignore[override]
+        self.on_read()
         done = 0
         for buffer in buffers:
             data = self._open[fd].read(offset + done, len(buffer))
@@ -341,16 +366,28 @@ class SimulatedFileSystem(FileSystem):
 
     def pwrite(self, fd: int, data: Any, offset: int) -> int:  # type: ignore[override]
         self.on_step("write")
-        self._open[fd].write(offset, bytes(data))
-        return len(data)
+        fits = self._that_fits(fd, offset, len(data))
+        if fits:
+            self._open[fd].write(offset, bytes(data[:fits]))
+        if fits < len(data) and (not fits or self.rng.random() < 0.3):
+            raise OSError(errno.ENOSPC, "no space left")
+        return fits
 
     def punch(self, fd: int, offset: int, length: int) -> None:
         self.on_step("punch")
         self._open[fd].clear(offset, length)
+        self._open[fd].allocated -= pages(offset, length)
+
+    def can_punch(self, fd: int, offset: int, length: int) -> bool:
+        return True
 
     def zero_allocated(self, fd: int, offset: int, length: int) -> None:
         self.on_step("zero")
-        self._open[fd].clear(offset, length)
+        fits = self._that_fits(fd, offset, length)
+        self._open[fd].clear(offset, fits)
+        self._open[fd].allocated |= pages(offset, fits)
+        if fits < length:
+            raise OSError(errno.ENOSPC, "no space left")
 
     def ftruncate(self, fd: int, size: int) -> None:  # type: ignore[override]
         self.on_step("truncate")
@@ -358,16 +395,33 @@ class SimulatedFileSystem(FileSystem):
 
     def allocate(self, fd: int, offset: int, length: int) -> None:  # type: ignore[override]
         self.on_step("allocate")
+        fits = self._that_fits(fd, offset, length)
+        self._open[fd].allocated |= pages(offset, fits)
+        if fits < length:
+            raise OSError(errno.ENOSPC, "no space left")
+
+    def unallocated(self, fd: int, offset: int, length: int) -> int:
+        return PAGE * len(pages(offset, length) - self._open[fd].allocated)
+
+    def _that_fits(self, fd: int, offset: int, length: int) -> int:
+        """How many bytes of the range, from its begin, have their space or find some."""
+        if self.capacity is None:
+            return length
+        room = max(self.capacity - self.used(), 0)
+        missing = sorted(pages(offset, length) - self._open[fd].allocated)
+        return length if len(missing) <= room else max(missing[room] * PAGE - offset, 0)
 
     def datasync(self, fd: int) -> None:  # type: ignore[override]
         file = self._open[fd]
         covered = len(file.pending)  # what is written while the sync runs may miss it
+        allocated = set(file.allocated)
         try:
             self.on_step("sync")
         except OSError:
             file.lose(covered, self.rng)
             raise
         file.settle(covered)
+        file.durably_allocated = allocated
 
     sync = datasync  # type: ignore[assignment]
 
@@ -412,5 +466,14 @@ class SimulatedFileSystem(FileSystem):
         self._locked[fd] = self._open[fd]
 
 
+def _files(directory: Directory) -> Iterable[File]:
+    for node in directory.entries.values():
+        if isinstance(node, File):
+            yield node
+        else:
+            yield from _files(node)
+
+
 def _status(file: File) -> os.stat_result:
-    return os.stat_result((0o100644, id(file), 1, 1, 0, 0, file.size, 0, 0, 0))
+    blocks = len(file.allocated) * PAGE // 512
+    return os.stat_result((0o100644, id(file), 1, 1, 0, 0, file.size, 0, 0, 0), {"st_blocks": blocks})

@@ -222,7 +222,7 @@ def test_marks_across_a_segment_are_exactly_those_given(tmp_path: Path) -> None:
         delta.flush()
 
 
-def test_the_space_for_the_map_is_reserved_by_the_first_mark(path: Path) -> None:
+def test_the_space_for_the_map_is_taken_once_and_before_it_is_written(path: Path) -> None:
     calls: list[tuple[int, int]] = []
 
     class Watched(FileSystem):
@@ -232,18 +232,35 @@ def test_the_space_for_the_map_is_reserved_by_the_first_mark(path: Path) -> None
 
     with closing(opened(path, Watched())) as delta:
         before = path.stat().st_blocks
-        delta.mark(0, 1, 1)
+        delta.reserve(0, nowait=False)
         assert calls == [(slot, PAGE_SIZE) for slot in MAP_SLOTS]
         assert path.stat().st_blocks * 512 >= before * 512 + 2 * PAGE_SIZE
         delta.mark(0, 2, 2)
+        delta.reserve(0, nowait=False)
         delta.flush()
         assert len(calls) == 2
     with closing(opened(path, Watched())) as delta:
-        delta.mark(0, 3, 3)
+        delta.reserve(0, nowait=False)
         assert len(calls) == 2, "the pages are there already"
 
 
-def test_a_full_disk_at_the_first_mark_notes_nothing_and_goes_on_when_there_is_space(path: Path) -> None:
+def test_a_copy_of_a_delta_that_has_a_hole_for_a_map_page_gets_its_space_again(path: Path, tmp_path: Path) -> None:
+    with closing(opened(path)) as delta:
+        delta.reserve(0, nowait=False)
+        delta.mark(0, 1, 1)
+        delta.flush()  # the first page; then it is killed, and the file copied without its zeros
+        page = os.pread(delta.fd, PAGE_SIZE, MAP_SLOTS[0])
+    copy = made(tmp_path / "copy", HEADER)
+    with open(copy, "r+b") as file:
+        os.pwrite(file.fileno(), page, MAP_SLOTS[0])
+    before = copy.stat().st_blocks
+    with closing(opened(copy)) as delta:
+        assert blocks_of(delta) == {1}
+        delta.reserve(0, nowait=False)
+    assert copy.stat().st_blocks > before
+
+
+def test_a_full_disk_at_the_first_block_notes_nothing_and_goes_on_when_there_is_space(path: Path) -> None:
     class Full(FileSystem):
         full = True
 
@@ -254,12 +271,14 @@ def test_a_full_disk_at_the_first_mark_notes_nothing_and_goes_on_when_there_is_s
 
     fs = Full()
     with closing(opened(path, fs)) as delta:
+        clone = Clone("clone", [delta], fs)
         with pytest.raises(OSError, match="no space"):
-            delta.mark(0, 1, 1)
+            clone.pwrite(b"x" * BLOCK_SIZE, BLOCK_SIZE)
         assert blocks_of(delta) == set()
+        assert os.pread(delta.fd, 1, METADATA_SIZE + BLOCK_SIZE) == b"\0", "the data has to wait for the map's space"
         delta.flush()
         fs.full = False
-        delta.mark(0, 2, 2)
+        clone.pwrite(b"x" * BLOCK_SIZE, 2 * BLOCK_SIZE)
         delta.flush()
     with closing(opened(path)) as delta:
         assert blocks_of(delta) == {2}

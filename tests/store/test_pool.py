@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -443,6 +444,44 @@ def test_leftovers_of_the_dead_are_cleared_by_the_next_and_those_of_the_living_a
         assert not leftover.exists()
         pool.create_clones("base", ["web1"])
         assert mine.exists()
+    assert os.listdir(pool.path / ".tmp") == []
+
+
+def test_what_is_being_removed_is_left_to_the_one_who_does(pool: Pool) -> None:
+    pool.create_clones("base", ["web1", "web2"])
+    remove_tree = FileSystem.remove_tree
+    seen: list[list[str]] = []
+
+    class Watched(FileSystem):
+        def remove_tree(self, path: Path, ignore_errors: bool = False) -> None:  # type: ignore[override]
+            pool.create_clones("base", ["meanwhile"])
+            seen.append(sorted(os.listdir(path)))
+            pool.remove(["meanwhile"])
+            remove_tree(path, ignore_errors=ignore_errors)
+
+    Pool.open(pool.path, fs=Watched()).remove(["web1", "web2"])
+    assert seen == [["delta"], ["delta"]]
+    assert os.listdir(pool.path / ".tmp") == []
+
+
+def test_a_removal_makes_no_file_and_no_directory(pool: Pool) -> None:
+    pool.create_clones("base", ["web1"])
+    full = OSError(errno.ENOSPC, "no space left")
+
+    class Full(FileSystem):
+        def mkdir(self, path: Path) -> None:  # type: ignore[override]
+            raise full
+
+        def open(self, path: str | Path, flags: int, mode: int = 0o777) -> int:  # type: ignore[override]
+            if flags & os.O_CREAT:
+                raise full
+            return os.open(path, flags, mode)
+
+        def pwrite(self, fd: int, data: bytes, offset: int) -> int:  # type: ignore[override]
+            raise full
+
+    Pool.open(pool.path, fs=Full()).remove(["web1", "base"])
+    assert pool.names() == []
     assert os.listdir(pool.path / ".tmp") == []
 
 
