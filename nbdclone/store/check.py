@@ -21,7 +21,7 @@ from nbdclone.store.delta import Header, read_header
 from nbdclone.store.finding import NOTE, WRONG, Finding, Problem, Range
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem, describe_process, lock_holders
 from nbdclone.store.image import BaseRecord, Progress, thaw_bases
-from nbdclone.store.pool import is_name
+from nbdclone.store.pool import ENTRIES, is_name
 from nbdclone.store.repair import KEPT, repair
 
 # A clone that is open elsewhere is looked at this often, this far apart: a page in flight is written in microseconds.
@@ -29,7 +29,6 @@ LOOKS = 4
 PAUSE_S = 0.02
 # After a repair one looks again, and what it laid open is repaired too: it takes three rounds at most.
 MAX_ROUNDS = 4
-_OF_A_POOL = frozenset({"bases", "clones", ".lock", ".server", ".tmp"})
 
 
 def check_pool(
@@ -112,7 +111,7 @@ class _Check:
     # The pool itself
 
     def _check_directories(self) -> Iterator[Finding]:
-        yield from self._foreign("", self._path, lambda name: name in _OF_A_POOL)
+        yield from self._foreign("", self._path, lambda name: name in ENTRIES)
         yield from self._foreign("", self._bases, is_name)
         yield from self._foreign("", self._clones, is_name)
         for name in sorted({*self._base_names} & {*self._clone_names}):
