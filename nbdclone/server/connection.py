@@ -167,7 +167,7 @@ class Connection:
 
     def _log_refusal(self, name: str, reason: str, reply: int) -> None:
         """Missing exports and those that are not for this client are of one kind: neither silences the other alone."""
-        kind = "unknown" if reply == NBD_REP_ERR_UNKNOWN else "broken"
+        kind = "unknown" if reply == NBD_REP_ERR_UNKNOWN else f"broken {name}"  # there is one of that name
         self._server.scratch.quiet.say(kind, "%s: export %r: %s", self._peer, name[:100], reason)
 
     def _may_have(self, name: str) -> bool:

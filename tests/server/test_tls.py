@@ -23,7 +23,7 @@ from test_session_oracle import IMAGE, SIZE, WINDOW, initial, work
 from nbdclone.client import Client
 from nbdclone.errors import ConnectionFailed, ServerRefused
 from nbdclone.protocol.wire import CMD_DISC, CMD_FLUSH, CMD_READ, CMD_WRITE, Option, OptionReply
-from nbdclone.server import connection, session, tls
+from nbdclone.server import connection, quiet, session, tls
 from nbdclone.server import server as server_module
 from nbdclone.server.server import Server
 from nbdclone.server.tls import ServerTLS, TLSSocket
@@ -107,8 +107,13 @@ async def test_a_server_without_tls_says_so(pool: Pool) -> None:
 
 @pytest.mark.parametrize("version", [V12, V13])
 async def test_a_client_without_a_certificate_of_the_ca_is_refused(
-    pool: Pool, tmp_path: Path, caplog: pytest.LogCaptureFixture, version: ssl.TLSVersion
+    pool: Pool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    version: ssl.TLSVersion,
 ) -> None:
+    monkeypatch.setattr(quiet, "INTERVAL_S", 0.0)
     nobody = only(trusting(tmp_path, verify_peer=False), version)
     stranger = only(trusting(certificates("other"), verify_peer=False), version)
     async with serving(pool, **secured(tmp_path)) as server:
