@@ -21,6 +21,7 @@ from nbdclone.store.delta import Header, read_header
 from nbdclone.store.finding import NOTE, WRONG, Finding, Problem, Range
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem, describe_process, lock_holders
 from nbdclone.store.image import BaseRecord, Progress, thaw_bases
+from nbdclone.store.live import FILE_NAME
 from nbdclone.store.pool import ENTRIES, is_name
 from nbdclone.store.repair import KEPT, repair
 
@@ -239,7 +240,7 @@ class _Check:
             return
         try:
             yield from self._foreign(
-                name, directory, lambda file: file == "delta" or KEPT in file or file[-4:] == ".new"
+                name, directory, lambda file: file in ("delta", FILE_NAME) or KEPT in file or file[-4:] == ".new"
             )
             yield from self._check_drafts(name, directory, "delta")
             fd = self._fs.open_file(path, os.O_RDONLY)

@@ -48,6 +48,7 @@ from nbdclone.store.layer import (
     paint_bitmap,
     uniform,
 )
+from nbdclone.store.live import LiveMap
 from nbdclone.store.quota import Quota
 
 logger = logging.getLogger("nbdclone")
@@ -153,6 +154,7 @@ class _Segment:
     slot: int
     alone: bool  # the other slot holds nothing valid
     reserved: bool  # both slots have their space: writing the map will not meet a full disk
+    noted: bool = False  # there is space in the live map
 
 
 class Delta:
@@ -168,6 +170,7 @@ class Delta:
         self.damaged_pages: list[str] = []  # slots that failed their checksum; the other slot served
         self.quota = Quota(fd, header.quota > 0, self._quota_now, fs)
         self._fs = fs
+        self._live = LiveMap(path, fd, header.id, fs)
         self._segments: dict[int, _Segment] = {}
         self._dirty: set[int] = set()
         self._unmirrored: set[int] = set()  # whose other slot is not the same
@@ -220,10 +223,22 @@ class Delta:
             if status.st_size < file_size(header.size):
                 raise CorruptDelta(str(path), f"truncated: {status.st_size} bytes of {file_size(header.size)}")
             _renew_header(fd, path, header, fs)
+            delta = cls(path, header, fd, fs)
+            delta._inherit()
         except BaseException:
             fs.close(fd)
             raise
-        return cls(path, header, fd, fs)
+        return delta
+
+    def _inherit(self) -> None:
+        """Take over what a process that was killed had marked and not flushed."""
+        for segment, noted in self._live.inherit():
+            state = self._load(segment, nowait=False)
+            known = int.from_bytes(state.bitmap, "big")
+            both = known | int.from_bytes(noted, "big")
+            if both != known:
+                state.bitmap = bytearray(both.to_bytes(BITMAP_SIZE, "big"))
+                self._dirty.add(segment)
 
     def close(self) -> None:
         """Close the file and let go of the lock. What was not flushed is not made durable."""
@@ -232,6 +247,8 @@ class Delta:
             # the delta would read it, flush without an error, and lose it later. Dropped, it is read from the disk.
             with contextlib.suppress(OSError):
                 self._fs.fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            self._live.discard()
+        self._live.close()
         self._fs.close(self.fd)
 
     @functools.cached_property
@@ -266,11 +283,14 @@ class Delta:
                 self.quota.take(segment * SEGMENT_SPAN + slot, PAGE_SIZE, nowait)
                 self._fs.allocate(self.fd, segment * SEGMENT_SPAN + slot, PAGE_SIZE)
             state.reserved = True
+        if not state.noted:
+            self._live.reserve(segment)
+            state.noted = True
 
     def mark(self, segment: int, first: int, last: int) -> None:
         """Note that blocks ``first`` to ``last`` of the segment are this delta's: their bytes are in the file already.
 
-        The space for the map was taken before, by :meth:`reserve`.
+        The space for the map was taken before, by :meth:`reserve`. Raises OSError.
         """
         state = self._load(segment, nowait=False)
         with self._lock:
@@ -278,6 +298,9 @@ class Delta:
                 state.bitmap = bytearray(state.bitmap)
             _set_bits(state.bitmap, first, last)
             self._dirty.add(segment)
+            # Before the write is acknowledged: a process that is killed leaves the data in the page cache, and this.
+            low = first >> 3
+            self._live.note(segment, low, state.bitmap[low : (last >> 3) + 1])
 
     def require_sound(self) -> None:
         """Raises CloneFailed if a sync failed before: nothing may be written any more."""
@@ -331,6 +354,7 @@ class Delta:
             reason = os.strerror(error.errno or errno.EIO)
             self._failure = f"{self.path}: a sync failed ({reason}): no more writes until it is reopened"
             logger.error("%s", self._failure)
+            self._live.note_failure()
             raise
 
     def _write_pages(self, noted: dict[int, bytes]) -> None:
@@ -391,6 +415,7 @@ class Delta:
                 self._sync()
         if self._dirty:  # a page that was to be copied had rotted
             self.flush()
+        self._live.discard()
 
     # Loading
 

@@ -16,6 +16,7 @@ import shutil
 import stat
 import struct
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,12 @@ FS_IOC_FIEMAP = 0xC020660B
 FIEMAP = struct.Struct("=QQIIII")
 FIEMAP_EXTENT = struct.Struct("=QQQ32x")
 FIEMAP_EXTENTS = 256  # asked for at once
+
+# From linux/fcntl.h: a hint for the disk, which the inode keeps in memory only. 0 is "not set", and 1 says no more than
+# that, but is not 0: so it serves as a note that is gone when the inode is.
+F_GET_RW_HINT = 1024 + 11
+F_SET_RW_HINT = 1024 + 12
+_SEEN_BEFORE = struct.pack("=Q", 1)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -77,6 +84,7 @@ class FileSystem:
     sync = staticmethod(os.fsync)
     fadvise = staticmethod(os.posix_fadvise)
     allocate = staticmethod(os.posix_fallocate)
+    unlink = staticmethod(os.unlink)
     remove_tree = staticmethod(shutil.rmtree)
 
     def open_file(self, path: str | Path, flags: int) -> int:
@@ -159,6 +167,25 @@ class FileSystem:
             if told < FIEMAP_EXTENTS:
                 return missing + stop - offset
         return missing
+
+    def boot_id(self) -> bytes:
+        """16 bytes that are others after each boot of the kernel; zeros if it does not say."""
+        try:
+            return uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
+        except (OSError, ValueError):
+            return bytes(16)
+
+    def keep_in_memory(self, fd: int) -> None:
+        """Note, where only the kernel's memory has it, that this inode is there, and with it what was written to it."""
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, F_SET_RW_HINT, _SEEN_BEFORE)
+
+    def stayed_in_memory(self, fd: int) -> bool:
+        """Is that note still there? Not so after an unmount, or when the kernel needed the memory."""
+        try:
+            return fcntl.fcntl(fd, F_GET_RW_HINT, bytes(len(_SEEN_BEFORE))) == _SEEN_BEFORE
+        except OSError:
+            return False
 
     def reflink(self, target_fd: int, source_fd: int) -> bool:
         """Make the target share the source's extents; False where that cannot be done."""

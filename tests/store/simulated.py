@@ -308,6 +308,8 @@ class SimulatedFileSystem(FileSystem):
         self.on_read: Callable[[], None] = lambda: None
         self.rng = random.Random(0)
         self.capacity: int | None = None
+        self.boot = os.urandom(16)
+        self._in_memory: set[File] = set()
         self._open: dict[int, File] = {}
         self._locked: dict[int, File] = {}
         self._next = 1000
@@ -323,6 +325,12 @@ class SimulatedFileSystem(FileSystem):
         """The power is cut, and comes back."""
         after = SimulatedFileSystem(self.tree.crash(rng))
         after.capacity = self.capacity
+        return after
+
+    def remount(self, rng: random.Random) -> SimulatedFileSystem:
+        """The disk goes away and comes back, and the kernel runs on."""
+        after = self.crash(rng)
+        after.boot = self.boot
         return after
 
     def used(self) -> int:
@@ -442,6 +450,22 @@ class SimulatedFileSystem(FileSystem):
         while number in data:
             number += 1
         return max(position, number * SECTOR)
+
+    def boot_id(self) -> bytes:
+        return self.boot
+
+    def keep_in_memory(self, fd: int) -> None:
+        self._in_memory.add(self._open[fd])
+
+    def stayed_in_memory(self, fd: int) -> bool:
+        return self._open[fd] in self._in_memory
+
+    def unlink(self, path: Path) -> None:  # type: ignore[override]
+        self.on_step("unlink")
+        directory = self.tree.directory(path.parent)
+        if path.name not in directory.entries:
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+        change_entries((directory, path.name, None))
 
     def rename(self, source: Path, target: Path) -> None:  # type: ignore[override]
         self.on_step("rename")

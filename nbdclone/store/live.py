@@ -1,0 +1,112 @@
+"""What a process that is killed would take with it: the blocks that it marked, and whether the cache can be believed.
+
+The map of a delta is written by a flush, and until then only the process knows which blocks are the delta's. A power
+cut may take them: nobody promised to keep what was not flushed. But a process that is killed leaves its data in the
+page cache, and a client that reconnects goes on as if nothing had happened: what was acknowledged must be there, and
+its next flush must cover it. So each mark is also written to a file beside the delta:
+
+    page 0        magic, boot id (16 bytes), the delta's id (16 bytes), 1 if a sync failed
+    page s + 1    the map of segment s as it stands, 4064 bytes
+
+It is never synced and means nothing after a power cut. The next to open the delta believes it only if this is the same
+boot and the delta's inode never left the kernel's memory meanwhile, with its pages: after an unmount the file system
+may have lost what this file tells of. A clean close removes it.
+
+After a failed sync the page cache may hold what the disk never got, and must not be believed: this is noted here too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from struct import Struct
+
+from nbdclone.store.fs import FileSystem, seek_extent
+from nbdclone.store.layer import BITMAP_SIZE
+
+MAGIC = b"NBDLIVE1"
+HEAD = Struct(">8s16s16sB")
+PAGE_SIZE = 4096
+FILE_NAME = "live"
+
+
+class LiveMap:
+    """The file beside one delta, which the caller has open and locked as ``delta_fd``. Made when first written."""
+
+    def __init__(self, delta: Path, delta_fd: int, delta_id: bytes, fs: FileSystem) -> None:
+        self.path = delta.with_name(FILE_NAME)
+        self._delta_fd = delta_fd
+        self._delta_id = delta_id
+        self._fs = fs
+        self._fd: int | None = None
+
+    def inherit(self) -> Iterator[tuple[int, bytes]]:
+        """What a process that was killed had marked: (segment, bitmap) of each. To be asked once, before anything else.
+
+        After a failed sync of that process the kernel's cache of the delta is dropped instead. Raises OSError.
+        """
+        try:
+            fd = self._fs.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        head = bytearray(HEAD.size)
+        self._fs.preadv(fd, [head], 0)
+        magic, boot, delta_id, failed = HEAD.unpack(head)
+        known = magic == MAGIC and any(boot) and boot == self._fs.boot_id() and delta_id == self._delta_id
+        if known and failed:
+            self._fs.fadvise(self._delta_fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        if not known or failed or not self._fs.stayed_in_memory(self._delta_fd):
+            self._fs.close(fd)
+            self.discard()
+            return
+        self._fd = fd
+        size = self._fs.fstat(fd).st_size
+        position = PAGE_SIZE
+        while (position := seek_extent(self._fs, fd, position, os.SEEK_DATA, otherwise=size)) < size:
+            position -= position % PAGE_SIZE
+            page = bytearray(BITMAP_SIZE)
+            self._fs.preadv(fd, [page], position)
+            if any(page):
+                yield position // PAGE_SIZE - 1, bytes(page)
+            position += PAGE_SIZE
+
+    def reserve(self, segment: int) -> None:
+        """Take the space for a segment's page, so that noting its marks meets no full disk. Raises OSError."""
+        self._fs.allocate(self._opened(), (segment + 1) * PAGE_SIZE, PAGE_SIZE)
+
+    def note(self, segment: int, first: int, bits: bytes | bytearray) -> None:
+        """Write the bytes of the segment's map from ``first`` on, as they are now. Raises OSError."""
+        self._fs.pwrite_all(self._opened(), bits, (segment + 1) * PAGE_SIZE + first)
+
+    def note_failure(self) -> None:
+        """A sync failed: nobody is to believe the cache after this process."""
+        with contextlib.suppress(OSError):
+            self._fs.pwrite_all(self._opened(), self._head(failed=True), 0)
+
+    def discard(self) -> None:
+        """All is in the delta, or lost anyway: nothing is to be inherited."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.unlink(self.path)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._fd is not None:
+            self._fs.close(self._fd)
+            self._fd = None
+
+    def _opened(self) -> int:
+        if self._fd is None:
+            fd = self._fs.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                self._fs.keep_in_memory(self._delta_fd)
+                self._fs.pwrite_all(fd, self._head(failed=False), 0)
+            except BaseException:
+                self._fs.close(fd)
+                raise
+            self._fd = fd
+        return self._fd
+
+    def _head(self, *, failed: bool) -> bytes:
+        return HEAD.pack(MAGIC, self._fs.boot_id(), self._delta_id, failed)
