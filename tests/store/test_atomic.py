@@ -232,7 +232,7 @@ def test_a_kill_before_any_step_leaves_each_name_whole_or_not_there(model: Path,
         require_whole(root, OPERATIONS[name], done=process.exitcode == 0)
         if process.exitcode == 0:
             break
-    assert last > 5
+    assert last >= 5
 
 
 # Errors
