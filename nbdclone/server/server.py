@@ -143,6 +143,8 @@ class Server:
                 self.tls.reload()
         except UsageError as error:
             logger.error("TLS goes on as it was: %s", error)
+        else:
+            logger.info("the settings were read again")
 
     def _abandon(self) -> None:
         for connection in self._connections:
