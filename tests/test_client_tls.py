@@ -16,7 +16,7 @@ from nbdclone.credentials import client_context, server_context
 from nbdclone.errors import ConnectionFailed, NBDCloneError, RemoteProtocolError, ServerRefused, UsageError
 from nbdclone.protocol import wire
 from nbdclone.protocol.handshake import OpenExport, ServerHandshake, StartTLS, TLSMode
-from nbdclone.protocol.wire import ExportInfo, transmission_flags
+from nbdclone.protocol.wire import ExportInfo, Mode, transmission_flags
 
 ACK = wire.OPTION_REPLY.pack(wire.REPLY_MAGIC, wire.Option.STARTTLS, wire.OptionReply.ACK, 0)
 Behaviour = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -119,7 +119,7 @@ async def test_a_client_goes_through_tls_as_its_uri_says(directory: Path, tmp_pa
         for own in (directory, directory / "web1"):
             client = await Client.connect(f"{uri}tls-certificates={own}")
             assert client.size == 1 << 20
-            assert client.structured
+            assert client.mode is Mode.EXTENDED
             await client.close()
 
 

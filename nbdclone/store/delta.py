@@ -290,7 +290,7 @@ class Delta:
     def mark(self, segment: int, first: int, last: int) -> None:
         """Note that blocks ``first`` to ``last`` of the segment are this delta's: their bytes are in the file already.
 
-        The space for the map was taken before, by :meth:`reserve`. Raises OSError.
+        The space for the map was taken before, by :meth:`reserve`.
         """
         state = self._load(segment, nowait=False)
         with self._lock:
@@ -298,9 +298,10 @@ class Delta:
                 state.bitmap = bytearray(state.bitmap)
             _set_bits(state.bitmap, first, last)
             self._dirty.add(segment)
-            # Before the write is acknowledged: a process that is killed leaves the data in the page cache, and this.
-            low = first >> 3
-            self._live.note(segment, low, state.bitmap[low : (last >> 3) + 1])
+        # Before the write is acknowledged: a process that is killed leaves the data in the page cache, and this. Marks
+        # come one after the other; a flush may come in between, and then it has the blocks already.
+        low = first >> 3
+        self._live.note(segment, low, state.bitmap[low : (last >> 3) + 1])
 
     def require_sound(self) -> None:
         """Raises CloneFailed if a sync failed before: nothing may be written any more."""

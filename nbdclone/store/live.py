@@ -18,6 +18,7 @@ After a failed sync the page cache may hold what the disk never got, and must no
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ from struct import Struct
 
 from nbdclone.store.fs import FileSystem, seek_extent
 from nbdclone.store.layer import BITMAP_SIZE
+
+logger = logging.getLogger("nbdclone")
 
 MAGIC = b"NBDLIVE1"
 HEAD = Struct(">8s16s16sB")
@@ -41,6 +44,7 @@ class LiveMap:
         self._delta_id = delta_id
         self._fs = fs
         self._fd: int | None = None
+        self._broken = False
 
     def inherit(self) -> Iterator[tuple[int, bytes]]:
         """What a process that was killed had marked: (segment, bitmap) of each. To be asked once, before anything else.
@@ -74,11 +78,24 @@ class LiveMap:
 
     def reserve(self, segment: int) -> None:
         """Take the space for a segment's page, so that noting its marks meets no full disk. Raises OSError."""
-        self._fs.allocate(self._opened(), (segment + 1) * PAGE_SIZE, PAGE_SIZE)
+        if not self._broken:
+            self._fs.allocate(self._opened(), (segment + 1) * PAGE_SIZE, PAGE_SIZE)
 
     def note(self, segment: int, first: int, bits: bytes | bytearray) -> None:
-        """Write the bytes of the segment's map from ``first`` on, as they are now. Raises OSError."""
-        self._fs.pwrite_all(self._opened(), bits, (segment + 1) * PAGE_SIZE + first)
+        """Write the bytes of the segment's map from ``first`` on, as they are now.
+
+        There is space for them; if they cannot be written all the same, that is logged, and nothing more is noted.
+        """
+        if self._broken:
+            return
+        try:
+            self._fs.pwrite_all(self._opened(), bits, (segment + 1) * PAGE_SIZE + first)
+        except OSError as error:
+            logger.error(
+                "%s: %s: until the clone is opened again, a kill would take what is not flushed", self.path, error
+            )
+            self._broken = True
+            self.discard()
 
     def note_failure(self) -> None:
         """A sync failed: nobody is to believe the cache after this process."""
@@ -87,7 +104,7 @@ class LiveMap:
 
     def discard(self) -> None:
         """All is in the delta, or lost anyway: nothing is to be inherited."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # it may not be there; and one that stays tells nothing wrong
             self._fs.unlink(self.path)
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import uvloop
 from serving import BASE, CLONES, make_pool
 
 from nbdclone.store.pool import Pool
+
+collect_ignore = [] if getattr(ssl, "HAS_PSK", False) else ["test_psk.py"]
 
 
 def pytest_asyncio_loop_factories(

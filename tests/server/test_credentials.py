@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 from secure import certificates, revoke, sign, trusting
-from serving import BASE, serving, until, where
+from serving import BASE, serving
 from test_process import end, program, ready, refused
 
 from nbdclone import credentials
@@ -226,7 +226,6 @@ def test_the_program_is_open_to_all_when_it_is_told_to(pool: Pool) -> None:
 # Pre-shared keys
 
 KEY = "0123456789abcdef" * 4
-WITH_PSK = pytest.mark.skipif(not getattr(ssl, "HAS_PSK", False), reason="this Python has no TLS-PSK")
 
 
 def test_keys_are_read_as_psktool_writes_them(tmp_path: Path) -> None:
@@ -261,32 +260,3 @@ def test_where_python_has_no_psk_it_is_said(tmp_path: Path, monkeypatch: pytest.
     ):
         with pytest.raises(UsageError, match=r"TLS-PSK needs Python 3\.13 or newer; this is 3\.11"):
             make()
-
-
-@WITH_PSK
-async def test_clients_that_know_a_key_come_in_and_no_others(
-    pool: Pool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "keys").write_text(f"web1:{KEY}\nweb2:{KEY[::-1]}\n")
-    (tmp_path / "wrong").write_text(f"web1:{KEY[::-1]}\nweb9:{KEY}\n")
-    tls = ServerTLS(psk=tmp_path / "keys")
-    async with serving(pool, sockets=[tmp_path / "s"], tls=tls) as server:
-        uri = where(server, "web1").replace(":///", "://{}@/") + "&tls-psk-file={}"
-        for name in ("web1", "web2"):
-            async with await Client.connect(uri.format(name, tmp_path / "keys")) as client:
-                assert await client.pread(512, 0) == BASE[:512]
-        for name in ("web1", "web9"):
-            with pytest.raises(OSError, match=r"alert|lost|failed"):
-                await Client.connect(uri.format(name, tmp_path / "wrong"))
-        with pytest.raises(UsageError, match="there is no key of 'web3'"):
-            await Client.connect(uri.format("web3", tmp_path / "keys"))
-        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
-            nobody = trusting(verify_peer=False)
-            nobody.minimum_version = nobody.maximum_version = version
-            with pytest.raises(OSError, match=r"alert|lost|failed"):
-                await Client.connect(where(server, "web1"), tls=nobody)
-            known = credentials.psk_client_context(tmp_path / "keys", "web1")
-            known.minimum_version = known.maximum_version = version
-            await (await Client.connect(where(server, "web1"), tls=known)).close()
-        await until(lambda: not server._connections)
-        assert not any(record.exc_info for record in caplog.records if record.name == "nbdclone")

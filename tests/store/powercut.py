@@ -7,7 +7,7 @@ import errno
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from simulated import SECTOR, ZEROS, File, SimulatedFileSystem
 
@@ -87,6 +87,14 @@ class Ledger:
             if durable:
                 del self._versions[sector][:-1]
 
+    def require_acknowledged(self, contents: dict[int, bytes]) -> None:
+        """After the process was killed: what was acknowledged is there, and a write that was under way may be."""
+        for sector, content in contents.items():
+            versions = self._versions[sector]
+            last = max(index for index, (number, _) in enumerate(versions) if number in self._finished)
+            if content not in [version for _, version in versions[last:]]:
+                raise LawBroken(f"sector {sector} holds {_shown(content)} after a kill: what was acknowledged is gone")
+
     def check(self, sector: int, content: bytes) -> None:
         versions = [version for _, version in self._versions[sector]]
         if content not in versions:
@@ -141,6 +149,7 @@ class Campaign:
         self._nested = False
         self._deadly = False
         self._failed = False
+        self._killed = False
 
     def run(self, openings: int = 4, operations: int = 12) -> None:
         """Raises LawBroken, with the seed in its message."""
@@ -156,8 +165,12 @@ class Campaign:
         self._fs.on_step = self._at_step
         self._fs.rng = self._rng
         self._clone = open_clone(self._fs)
-        self._ledger.observe(read_sectors(self._clone), durable=False)
-        end = self._rng.choice(["close", "kill", "power cut", "power cut"])
+        found = read_sectors(self._clone)
+        if self._killed:
+            self._ledger.require_acknowledged(found)
+        self._ledger.observe(found, durable=False)
+        self._spare_notes()
+        end = self._rng.choice(["close", "kill", "kill", "power cut", "power cut", "remount"])
         try:
             for count in range(operations):
                 self._deadly = end != "close" and count == operations - 1
@@ -165,16 +178,37 @@ class Campaign:
             if end == "close":
                 self._close()
         except Stop:
-            if self._failed:
+            if self._failed and self._rng.random() < 0.5:  # otherwise it is killed before it can close anything
                 self._fs.on_step = lambda what: self._examine()
                 with contextlib.suppress(CloneFailed, OSError):
                     self._clone.close()
+        # After a failed sync nobody knows what the disk has.
+        self._killed = end == "kill" and not self._failed
         self._doing, self._nested, self._deadly, self._failed = "", False, False, False
         self._fs.die()
-        if end == "power cut":
-            self._fs = self._fs.crash(self._rng)
+        if end in ("power cut", "remount"):
+            self._fs = self._fs.crash(self._rng) if end == "power cut" else self._fs.remount(self._rng)
             self._ledger.observe(self._look(self._fs), durable=True)
             self._fs.die()
+
+    def _spare_notes(self) -> None:
+        """A note of a few bytes in the page cache meets no error of the disk, and no kill: what it is about is lost."""
+        assert self._clone._delta is not None
+        live = self._clone._delta._live
+
+        def sparing(note: Callable[..., None]) -> Callable[..., None]:
+            def spared(*args: Any) -> None:
+                before = self._errors, self._nested, self._deadly
+                self._errors, self._nested, self._deadly = False, True, False
+                try:
+                    note(*args)
+                finally:
+                    self._errors, self._nested, self._deadly = before
+
+            return spared
+
+        live.note = sparing(live.note)  # type: ignore[method-assign]
+        live.note_failure = sparing(live.note_failure)  # type: ignore[method-assign]
 
     def _close(self) -> None:
         finished = self._ledger.begin_flush()

@@ -403,8 +403,11 @@ class SimulatedFileSystem(FileSystem):
 
     def allocate(self, fd: int, offset: int, length: int) -> None:  # type: ignore[override]
         self.on_step("allocate")
+        file = self._open[fd]
         fits = self._that_fits(fd, offset, length)
-        self._open[fd].allocated |= pages(offset, fits)
+        file.allocated |= pages(offset, fits)
+        if offset + fits > file.size:
+            file.truncate(offset + fits)
         if fits < length:
             raise OSError(errno.ENOSPC, "no space left")
 

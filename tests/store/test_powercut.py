@@ -17,6 +17,7 @@ from powercut import Campaign, LawBroken, open_clone, simulated_disk
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
 from nbdclone.store.layer import BLOCK_SIZE
+from nbdclone.store.live import LiveMap
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +127,16 @@ MUTATIONS = {
     "a block that is not ours is not cleared": Mutation(
         Clone, "_zero_blocks", "clear(delta.fd,", "owners[first] == self._top and clear(delta.fd,"
     ),
+    "marks are not noted as they are made": Mutation(Delta, "mark", "self._live.note(", "(lambda *_: None)("),
+    "marks that were inherited are not flushed": Mutation(Delta, "_inherit", "self._dirty.add(segment)", "pass"),
+    "the marks of another boot are believed": Mutation(
+        LiveMap, "inherit", " and boot == self._fs.boot_id()", ""
+    ),
+    "the marks of before an unmount are believed": Mutation(
+        LiveMap, "inherit", " or not self._fs.stayed_in_memory(self._delta_fd)", ""
+    ),
+    "a failed sync is not noted": Mutation(Delta, "_sync", "self._live.note_failure()", "pass"),
+    "the cache of before a failed sync is kept": Mutation(LiveMap, "inherit", "if known and failed:", "if False:"),
 }  # fmt: skip
 
 
@@ -150,6 +161,7 @@ def zero_over_bytes_that_a_crash_left() -> None:
     fs = simulated_disk()
     open_clone(fs).pwrite(b"lost" * 1024, 0)
     fs.die()
+    fs.boot = bytes(range(16))  # a power cut that took nothing else
     with open_clone(fs) as clone:
         before = clone.pread(BLOCK_SIZE, 0)
         fs.on_step = lambda what: clone.flush() if what == "punch" else None
