@@ -309,6 +309,15 @@ def test_a_read_above_the_limit_says_so_as_its_kind_of_reply_can() -> None:
     assert request_error(LARGE, True, 0, w.READ, (1 << 40) - 5, over) == EINVAL
 
 
+def test_a_read_in_one_chunk_is_no_longer_than_what_is_announced() -> None:
+    announced = LARGE.maximum_payload
+    assert announced == 32 << 20
+    assert request_error(LARGE, True, w.DF, w.READ, 0, announced) == 0
+    assert request_error(LARGE, True, w.DF, w.READ, 0, announced + 1) == EOVERFLOW
+    assert request_error(LARGE, True, 0, w.READ, 0, announced + 1) == 0
+    assert request_error(LARGE, True, w.DF, w.READ, LARGE.size - announced, announced + 1) == EINVAL
+
+
 @pytest.mark.parametrize("command", [w.TRIM, w.CACHE, w.WRITE_ZEROES, w.BLOCK_STATUS])
 def test_only_payloads_are_limited(command: int) -> None:
     assert request_error(LARGE, True, 0, command, 0, 0xFFFFFFFF) == 0
