@@ -290,6 +290,19 @@ def test_a_list_without_end_is_cut_off() -> None:
         answer(client, message)
 
 
+def test_an_option_reply_that_is_too_long_is_refused_before_it_comes() -> None:
+    head = struct.Struct(">QIII")
+    for length in (wire.MAX_REPLY_LENGTH, wire.MAX_REPLY_LENGTH + 1):
+        client = greeted()
+        client.list_exports()
+        message = head.pack(wire.REPLY_MAGIC, w.LIST, w.SERVER, length)
+        if length <= wire.MAX_REPLY_LENGTH:
+            assert answer(client, message) is None
+        else:
+            with pytest.raises(RemoteProtocolError, match="limit"):
+                answer(client, message)
+
+
 def test_a_server_that_speaks_unasked_is_at_fault() -> None:
     client = greeted()
     with pytest.raises(RemoteProtocolError, match="asked"):

@@ -11,7 +11,7 @@ import wirebytes as w
 
 from nbdclone.errors import RemoteProtocolError
 from nbdclone.protocol import transmission, wire
-from nbdclone.protocol.requests import Request, parse_extended_requests, parse_requests, request_layout
+from nbdclone.protocol.requests import MAX_BURST, Request, parse_extended_requests, parse_requests, request_layout
 from nbdclone.protocol.transmission import request_error
 from nbdclone.protocol.wire import ExportInfo, Mode, TransmissionFlag, transmission_flags
 
@@ -42,6 +42,19 @@ def test_all_complete_requests_are_taken_in_one_pass() -> None:
         (0xFFFF, 77, 3, 0xFFFFFFFFFFFFFFFF, 0xFFFFFFFF, 119),
     ]
     assert position == len(data) + 2
+
+
+def test_no_more_than_a_burst_is_taken_at_once() -> None:
+    data = w.request(w.READ, 0, 512) * (MAX_BURST + 5)
+    requests, position = parse(data)
+    assert len(requests) == MAX_BURST
+    assert position == MAX_BURST * 28
+    requests, position = parse(data, position)
+    assert (len(requests), position) == (5, len(data))
+    extended: list[Request] = []
+    data = w.extended_request(w.READ, 0, 512) * (MAX_BURST + 5)
+    assert parse_extended_requests(data, 0, len(data), extended) == MAX_BURST * 32
+    assert len(extended) == MAX_BURST
 
 
 def test_a_write_without_all_of_its_payload_waits() -> None:
