@@ -99,6 +99,17 @@ def test_a_refusal_carries_code_and_text_and_something_else_may_be_asked() -> No
     assert isinstance(exchange(client, server)[0], Opened)
 
 
+@pytest.mark.parametrize("reply", [*(kind for kind in wire.OptionReply if kind >= 1 << 31), (1 << 31) + 77])
+def test_a_refusal_of_any_kind_is_passed_on_but_for_unsup_to_go(reply: int) -> None:
+    client = going()
+    event = answer(client, w.option_reply(w.GO, reply, b"no"))
+    if reply == wire.OptionReply.ERR_UNSUP:
+        assert event is None
+        assert client.data_to_send() == [w.option(w.EXPORT_NAME, b"web1")]
+    else:
+        assert event == Refused(w.GO, reply, "no")
+
+
 def test_abort_ends_both_sides() -> None:
     client, server = joined()
     client.abort()
