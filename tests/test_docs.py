@@ -15,7 +15,7 @@ from nbdclone.protocol.wire import MAX_QUERIES
 from nbdclone.server.access import read_access
 from nbdclone.server.admission import MAX_CONNECTIONS
 from nbdclone.server.peer import Peer
-from nbdclone.server.session import LOG_INTERVAL_S
+from nbdclone.server.quiet import INTERVAL_S
 from nbdclone.store import delta
 from nbdclone.store.clone import MAX_EXTENTS
 from nbdclone.store.layer import BITMAP_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE
@@ -116,7 +116,7 @@ def test_the_example_of_access_is_understood_and_the_defaults_are_those_of_the_c
     assert access.refusing_rule("web1", Peer("unix", uid=0, subject="CN=admin,O=Lab")) is None
     assert access.refusing_rule("web1", Peer("unix", uid=0)) == "web1"
     assert f"| `--max-connections N` | {MAX_CONNECTIONS} |" in text
-    assert f"at most one such line in {LOG_INTERVAL_S:.0f}\nseconds" in text
+    assert f"at most one such line in {INTERVAL_S:.0f}\nseconds" in text
     usage = subprocess.run(
         [sys.executable, "-m", "nbdclone", "serve", "--help"], check=True, capture_output=True, text=True, timeout=60
     )
