@@ -436,11 +436,9 @@ async def test_there_is_a_limit_on_the_options_of_a_connection(pool: Pool) -> No
         assert 100 < answered < 1000
 
 
-async def test_there_is_a_limit_on_connections_and_a_place_that_is_left_is_free(
-    pool: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 3)
-    async with serving(pool) as server:
+async def test_there_is_a_limit_on_connections_and_a_place_that_is_left_is_free(pool: Pool) -> None:
+    sockets = [pool.path.parent / "nbd.sock"]
+    async with serving(pool, sockets=sockets, max_connections=3, max_connections_per_address=3) as server:
         peers = [await Bytewise.at(server) for _ in range(3)]
         async with await Bytewise.connect(server) as fourth:
             assert await fourth.is_closed()
