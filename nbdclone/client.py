@@ -400,6 +400,7 @@ class Client:
         end = offset + length
         while offset < end:
             size = min(end - offset, self._max_range)
+            self._check_blocks(offset, size)
             waiter = await self._connection.submit(Command.BLOCK_STATUS, 0, offset, size, contexts=asked)
             extents = _completed(await waiter, Command.BLOCK_STATUS, offset, size).extents
             assert extents is not None
@@ -426,15 +427,18 @@ class Client:
 
     async def _run(self, command: int, flags: int, pieces: Pieces) -> Answers:
         """Have the pieces of one request in flight together, and wait for all of them whatever comes of one."""
-        mask = self.export.minimum_block - 1
-        if mask and any((offset | length) & mask for offset, length, _payload in pieces):
-            raise LocalProtocolError(f"the export takes nothing but blocks of {self.export.minimum_block} bytes")
+        for offset, length, _payload in pieces:
+            self._check_blocks(offset, length)
         waiters = [await self._connection.submit(command, flags, *piece) for piece in pieces]
         answers = [await waiter for waiter in waiters]
         return [
             _result(answer, command, offset, length)
             for answer, (offset, length, _payload) in zip(answers, pieces, strict=True)
         ]
+
+    def _check_blocks(self, offset: int, length: int) -> None:
+        if (offset | length) & (self.export.minimum_block - 1):
+            raise LocalProtocolError(f"the export takes nothing but blocks of {self.export.minimum_block} bytes")
 
     def _require(self, flag: TransmissionFlag) -> None:
         if not self.flags & flag:
@@ -464,9 +468,13 @@ async def _connect(
             await _dial(connection, address)
             if tls is not None:
                 await _answer(connection, StartTLS, uri)
-                await connection.start_tls(tls, address.host)
+                await connection.start_tls(tls, address.hostname or address.host)
             await _answer(connection, Ready, uri)
-            return await ask(connection)
+            try:
+                return await ask(connection)
+            except ServerRefused:
+                await _say_goodbye(connection)
+                raise
     except BaseException as error:
         await connection.drop()
         if isinstance(error, OSError) and not isinstance(error, NBDCloneError):
@@ -485,7 +493,7 @@ def _context(address: Address) -> ssl.SSLContext:
     context = client_context(
         Path(address.certificates) if address.certificates else None, verify_peer=address.verify_peer
     )
-    if address.path:
+    if address.path and not address.hostname:
         context.check_hostname = False  # a Unix socket has no name: the CA's word has to do
     return context
 
@@ -514,10 +522,11 @@ async def _answer(connection: _Connection, kind: type[_Event], subject: str) -> 
 
 async def _say_goodbye(connection: _Connection) -> None:
     """End a handshake that leads to no transmission."""
-    connection.handshake.abort()
-    connection.pump_handshake()
-    with suppress(ConnectionFailed):  # some servers just close
-        await connection.next_event()
+    with suppress(ProtocolError, ConnectionFailed, TimeoutError):  # some servers just close
+        connection.handshake.abort()
+        connection.pump_handshake()
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await connection.next_event()
     await connection.drop()
 
 

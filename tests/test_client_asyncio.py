@@ -46,6 +46,7 @@ class FakeServer:
     last_words: bytes | None = None  # sent instead of the first reply, before the connection is dropped
     log: list[tuple[int, int, int, int]] = field(default_factory=list)
     connections: int = 0
+    goodbyes: int = 0  # of handshakes that were ended by NBD_OPT_ABORT
     memory: bytearray = field(default_factory=lambda: bytearray(SIZE))
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -93,7 +94,7 @@ class FakeServer:
             case OpenExport(name):
                 server.refuse_export(f"there is no {name}")
             case Aborted():
-                pass
+                self.goodbyes += 1
 
     async def _transmit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, buffer: bytes) -> None:
         while True:
@@ -202,6 +203,7 @@ async def test_an_export_that_is_not_there_is_refused_with_its_name(server: Fake
     with pytest.raises(ServerRefused, match=r"export 'nobody': ERR_UNKNOWN: there is no nobody") as caught:
         await Client.connect(server.uri, "nobody")
     assert caught.value.code == wire.NBD_REP_ERR_UNKNOWN
+    assert server.goodbyes == 1
 
 
 async def test_an_error_names_command_range_and_number(server: FakeServer) -> None:
@@ -477,6 +479,8 @@ async def test_a_server_of_another_kind_is_named(
         ("nbd+unix:///web1?socket=/run/nbd.sock", Address("", 0, "/run/nbd.sock", "web1")),
         ("nbd+unix:///?socket=/run/a%20b", Address("", 0, "/run/a b", "")),
         ("nbd+unix://?socket=/run/nbd.sock", Address("", 0, "/run/nbd.sock", "")),
+        ("nbd+unix:///?socket=%00/abstract", Address("", 0, "\0/abstract", "")),
+        ("nbd://example.org//disk?x-speed=5", Address("example.org", 10809, "", "/disk")),
         ("/run/nbd.sock", Address("", 0, "/run/nbd.sock", "")),
     ],
 )

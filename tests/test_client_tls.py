@@ -44,6 +44,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ("nbds://[::1]/?tls-verify-peer=true", Address("::1", 10809, "", "", True)),
         ("nbd://host/web1?tls-certificates=/c", Address("host", 10809, "", "web1", certificates="/c")),
+        ("nbds+unix:///?socket=/s&tls-hostname=web", Address("", 0, "/s", "", True, hostname="web")),
+        ("nbds+unix:///?socket=/s&tls-type=x509&x-speed=5", Address("", 0, "/s", "", True)),
     ],
 )
 def test_uris_say_how_tls_is_done(uri: str, address: Address) -> None:
@@ -54,6 +56,20 @@ def test_uris_say_how_tls_is_done(uri: str, address: Address) -> None:
 def test_what_is_no_uri_of_nbd_is_refused(uri: str) -> None:
     with pytest.raises(UsageError, match="not nbd://"):
         Address.parse(uri)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "text"),
+    [
+        ("tls-certificate=/c", "unknown parameter 'tls-certificate'"),
+        ("tls-type=anon", "tls-type is psk with a tls-psk-file, and x509 without one"),
+        ("tls-type=psk", "tls-type is psk"),
+        ("tls-type=x509&tls-psk-file=/k", "tls-type is psk"),
+    ],
+)
+def test_what_a_uri_asks_for_in_vain_is_said(parameters: str, text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        Address.parse(f"nbds://host/web1?{parameters}")
 
 
 def test_verification_is_on_or_off() -> None:
@@ -108,7 +124,7 @@ def honest(directory: Path, *, refuse: bool = False) -> Behaviour:
                 assert isinstance(event, OpenExport)
                 core.accept_export(ExportInfo(event.name, 1 << 20, transmission_flags(True)))
             writer.writelines(core.data_to_send())
-        await reader.read()
+        await reader.read(1)  # until NBD_CMD_DISC
 
     return behave
 
@@ -143,6 +159,15 @@ async def test_a_server_with_another_name_is_not_trusted(directory: Path, tmp_pa
     async with server(honest(tmp_path)) as uri:
         said = await failure(f"{uri}tls-certificates={tmp_path}")
         assert "IP address mismatch, certificate is not valid for '127.0.0.1'" in said
+
+
+async def test_a_name_in_the_uri_is_held_against_the_certificate(directory: Path, tmp_path: Path) -> None:
+    make(tmp_path, hosts=["elsewhere.example.org"])
+    for socket in (None, tmp_path / "s"):
+        async with server(honest(tmp_path), socket) as uri:
+            uri = f"{uri}tls-certificates={tmp_path}&tls-hostname="
+            await (await Client.connect(f"{uri}elsewhere.example.org")).close()
+            assert "certificate is not valid for 'localhost'" in await failure(f"{uri}localhost")
 
 
 async def test_a_server_of_another_ca_is_not_trusted_unless_it_need_not_be(directory: Path, tmp_path: Path) -> None:

@@ -135,7 +135,10 @@ def request_error(info: ExportInfo, structured: bool, flags: int, command: int, 
         return EINVAL
     if flags & CMD_FLAG_PAYLOAD_LEN:
         return 0
-    return _range_error(rule, info.size, structured, command, offset, length)
+    error = _range_error(rule, info.size, structured, command, offset, length)
+    if not error and flags & CMD_FLAG_DF and length > info.maximum_payload:
+        return EOVERFLOW  # no chunk may be as long
+    return error
 
 
 def _offered_flags(transmission_flags: int, structured: bool) -> int:

@@ -12,7 +12,6 @@ from nbdclone.protocol.wire import (
     EIO,
     ENOMEM,
     ENOSPC,
-    ENOTSUP,
     EPERM,
     NBD_REP_ERR_POLICY,
     NBD_REP_ERR_UNKNOWN,
@@ -29,12 +28,14 @@ _BY_ERRNO = {
     errno.ENOSPC: ENOSPC,
     errno.EDQUOT: ENOSPC,
     errno.EFBIG: ENOSPC,
-    errno.EOPNOTSUPP: ENOTSUP,
 }
 
 
 def nbd_errno(error: BaseException) -> int:
-    """The NBD error number that says this; EIO for whatever the protocol has no number for."""
+    """The NBD error number that says this; EIO for whatever the protocol has no number for.
+
+    ENOTSUP is none of them: it is for a FAST_ZERO that would be slow, and told before anything is tried.
+    """
     if isinstance(error, MemoryError):
         return ENOMEM
     if isinstance(error, CloneFailed):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from nbdclone.protocol.transmission import hole_chunk, read_chunk_header
-from nbdclone.protocol.wire import ChunkLayout, Cookie
+from nbdclone.protocol.wire import ADVERTISED_MAX_PAYLOAD, ChunkLayout, Cookie
 
 # A long read is looked at in pieces of this size, and each that is zeros is (a part of) a hole. Each hole between data
 # costs both sides system calls and work of their own: on a local socket, zeros of 64 KiB in turn with data took a
@@ -32,8 +32,20 @@ def is_zero(view: memoryview) -> bool:
 def find_holes(view: memoryview, *, fragment: bool) -> list[Run] | None:
     """Divide ``view``, of any length but 0, into runs of zeros and of data. None: there is nothing but data.
 
-    Without ``fragment`` it is all one or the other.
+    Without ``fragment`` it is all one or the other. With it, no run of data is longer than the payload that is
+    announced, since no chunk may be.
     """
+    runs = _find_runs(view, fragment)
+    if len(view) <= ADVERTISED_MAX_PAYLOAD or not fragment:
+        return runs
+    return [
+        (zeros, start, end if zeros else min(start + ADVERTISED_MAX_PAYLOAD, end))
+        for zeros, begin, end in runs or [(False, 0, len(view))]
+        for start in ([begin] if zeros else range(begin, end, ADVERTISED_MAX_PAYLOAD))
+    ]
+
+
+def _find_runs(view: memoryview, fragment: bool) -> list[Run] | None:
     firsts = view[::GRAIN].tobytes()
     if 0 not in firsts or (any(firsts) and not fragment):
         return None  # nearly all data end here
@@ -51,18 +63,25 @@ def lay_out(
 ) -> tuple[list[memoryview], bytes]:
     """The reply to a read at ``offset`` whose data begin at ``start`` of ``view``: parts of ``view``, and what follows.
 
-    Headers are written over the zeros that they tell of, and before ``start``, where there must be room for a page.
+    Headers are written over the zeros that they tell of, and before ``start``, where there must be room for a page;
+    those between data and data are parts of their own.
     """
     parts: list[memoryview] = []
     head = b""
+    after_data = False
     for zeros, begin, end in runs:
         last = end == runs[-1][2]
         if zeros:
             head += hole_chunk(cookie, offset + begin, end - begin, last=last, layout=layout)
-            continue
-        head += read_chunk_header(cookie, offset + begin, end - begin, last=last, layout=layout)
-        at = start + begin - len(head)
-        view[at : start + begin] = head
-        parts.append(view[at : start + end])
-        head = b""
+        else:
+            head += read_chunk_header(cookie, offset + begin, end - begin, last=last, layout=layout)
+            at = start + begin
+            if after_data:
+                parts.append(memoryview(head))
+            else:
+                at -= len(head)
+                view[at : start + begin] = head
+            parts.append(view[at : start + end])
+            head = b""
+        after_data = not zeros
     return parts, head

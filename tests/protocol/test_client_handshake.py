@@ -99,6 +99,17 @@ def test_a_refusal_carries_code_and_text_and_something_else_may_be_asked() -> No
     assert isinstance(exchange(client, server)[0], Opened)
 
 
+@pytest.mark.parametrize("reply", [*(kind for kind in wire.OptionReply if kind >= 1 << 31), (1 << 31) + 77])
+def test_a_refusal_of_any_kind_is_passed_on_but_for_unsup_to_go(reply: int) -> None:
+    client = going()
+    event = answer(client, w.option_reply(w.GO, reply, b"no"))
+    if reply == wire.OptionReply.ERR_UNSUP:
+        assert event is None
+        assert client.data_to_send() == [w.option(w.EXPORT_NAME, b"web1")]
+    else:
+        assert event == Refused(w.GO, reply, "no")
+
+
 def test_abort_ends_both_sides() -> None:
     client, server = joined()
     client.abort()
@@ -288,6 +299,19 @@ def test_a_list_without_end_is_cut_off() -> None:
         assert answer(client, message) is None
     with pytest.raises(RemoteProtocolError, match="list"):
         answer(client, message)
+
+
+def test_an_option_reply_that_is_too_long_is_refused_before_it_comes() -> None:
+    head = struct.Struct(">QIII")
+    for length in (wire.MAX_REPLY_LENGTH, wire.MAX_REPLY_LENGTH + 1):
+        client = greeted()
+        client.list_exports()
+        message = head.pack(wire.REPLY_MAGIC, w.LIST, w.SERVER, length)
+        if length <= wire.MAX_REPLY_LENGTH:
+            assert answer(client, message) is None
+        else:
+            with pytest.raises(RemoteProtocolError, match="limit"):
+                answer(client, message)
 
 
 def test_a_server_that_speaks_unasked_is_at_fault() -> None:

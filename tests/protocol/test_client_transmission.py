@@ -86,6 +86,14 @@ def test_a_simple_reply_completes_what_does_not_read(command: int, structured: b
     assert receive(client, w.simple(1, 28)) == [Completed(1, 28, "", None)]
 
 
+@pytest.mark.parametrize("number", [*wire.Errno, 77, 0xFFFFFFFF])
+def test_an_error_of_any_number_is_passed_on_and_the_connection_lives(number: int) -> None:
+    client = client_with(w.WRITE, 0, 512)
+    assert receive(client, w.simple(1, number)) == [Completed(1, number, "", None)]
+    cookie, _buffers = client.send_request(w.FLUSH, 0, 0, 0)
+    assert receive(client, w.simple(cookie)) == [Completed(cookie, 0, "", None)]
+
+
 def test_a_simple_reply_to_a_read_brings_its_data_unless_it_failed() -> None:
     client = client_with(w.READ, 4096, 5, structured=False)
     assert receive(client, w.simple(1, 0, b"hello")) == [Completed(1, 0, "", b"hello")]

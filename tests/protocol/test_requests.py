@@ -11,7 +11,7 @@ import wirebytes as w
 
 from nbdclone.errors import RemoteProtocolError
 from nbdclone.protocol import transmission, wire
-from nbdclone.protocol.requests import Request, parse_extended_requests, parse_requests, request_layout
+from nbdclone.protocol.requests import MAX_BURST, Request, parse_extended_requests, parse_requests, request_layout
 from nbdclone.protocol.transmission import request_error
 from nbdclone.protocol.wire import ExportInfo, Mode, TransmissionFlag, transmission_flags
 
@@ -42,6 +42,19 @@ def test_all_complete_requests_are_taken_in_one_pass() -> None:
         (0xFFFF, 77, 3, 0xFFFFFFFFFFFFFFFF, 0xFFFFFFFF, 119),
     ]
     assert position == len(data) + 2
+
+
+def test_no_more_than_a_burst_is_taken_at_once() -> None:
+    data = w.request(w.READ, 0, 512) * (MAX_BURST + 5)
+    requests, position = parse(data)
+    assert len(requests) == MAX_BURST
+    assert position == MAX_BURST * 28
+    requests, position = parse(data, position)
+    assert (len(requests), position) == (5, len(data))
+    extended: list[Request] = []
+    data = w.extended_request(w.READ, 0, 512) * (MAX_BURST + 5)
+    assert parse_extended_requests(data, 0, len(data), extended) == MAX_BURST * 32
+    assert len(extended) == MAX_BURST
 
 
 def test_a_write_without_all_of_its_payload_waits() -> None:
@@ -307,6 +320,15 @@ def test_a_read_above_the_limit_says_so_as_its_kind_of_reply_can() -> None:
     assert request_error(LARGE, True, w.DF, w.READ, 0, over) == EOVERFLOW
     assert request_error(LARGE, False, 0, w.READ, 0, over) == EINVAL
     assert request_error(LARGE, True, 0, w.READ, (1 << 40) - 5, over) == EINVAL
+
+
+def test_a_read_in_one_chunk_is_no_longer_than_what_is_announced() -> None:
+    announced = LARGE.maximum_payload
+    assert announced == 32 << 20
+    assert request_error(LARGE, True, w.DF, w.READ, 0, announced) == 0
+    assert request_error(LARGE, True, w.DF, w.READ, 0, announced + 1) == EOVERFLOW
+    assert request_error(LARGE, True, 0, w.READ, 0, announced + 1) == 0
+    assert request_error(LARGE, True, w.DF, w.READ, LARGE.size - announced, announced + 1) == EINVAL
 
 
 @pytest.mark.parametrize("command", [w.TRIM, w.CACHE, w.WRITE_ZEROES, w.BLOCK_STATUS])

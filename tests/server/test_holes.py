@@ -8,7 +8,15 @@ import pytest
 
 from nbdclone.protocol.pending import Completed
 from nbdclone.protocol.transmission import ClientTransmission
-from nbdclone.protocol.wire import CMD_READ, EXTENDED, EXTENDED_COOKIE, STRUCTURED, ChunkLayout, Mode
+from nbdclone.protocol.wire import (
+    ADVERTISED_MAX_PAYLOAD,
+    CMD_READ,
+    EXTENDED,
+    EXTENDED_COOKIE,
+    STRUCTURED,
+    ChunkLayout,
+    Mode,
+)
 from nbdclone.server.buffers import PAGE
 from nbdclone.server.holes import GRAIN, find_holes, is_zero, lay_out
 
@@ -93,4 +101,33 @@ def test_a_client_puts_together_what_was_divided(mode: Mode, layout: ChunkLayout
     assert len(sent) < len(data) + layout.read.size
     completed: list[Completed] = []
     client.receive_data(sent, completed)
+    assert completed == [Completed(cookie, 0, "", data)]
+
+
+LARGE = b"x" * ADVERTISED_MAX_PAYLOAD
+
+
+@pytest.mark.parametrize(
+    ("parts", "runs"),
+    [
+        ((LARGE,), 1),
+        ((LARGE, b"y"), 2),
+        ((LARGE, LARGE), 2),
+        ((LARGE, b"y", ADVERTISED_MAX_PAYLOAD, LARGE[1:]), 4),
+        ((2 * ADVERTISED_MAX_PAYLOAD,), 1),
+    ],
+)
+def test_no_chunk_of_data_is_longer_than_what_is_announced(parts: tuple[int | bytes, ...], runs: int) -> None:
+    data = view_of(*parts)
+    found = find_holes(data, fragment=True)
+    assert len(found or "1") == runs
+    if found is None:
+        return
+    assert all(zeros or end - start <= ADVERTISED_MAX_PAYLOAD for zeros, start, end in found)
+    client = ClientTransmission(Mode.STRUCTURED)
+    cookie, _buffers = client.send_request(CMD_READ, 0, 0, len(data))
+    laid_out, rest = lay_out(found, memoryview(bytearray(PAGE) + data), PAGE, cookie, 0, STRUCTURED)
+    completed: list[Completed] = []
+    for part in [*laid_out, memoryview(rest)]:
+        client.receive_data(part, completed)
     assert completed == [Completed(cookie, 0, "", data)]

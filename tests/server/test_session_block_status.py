@@ -8,6 +8,7 @@ import random
 import struct
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -298,3 +299,13 @@ async def test_a_client_passes_on_what_the_server_refuses(sparse_pool: Pool) -> 
             await client.block_status(2, SIZE - 1)
         assert refused.value.code == EINVAL
         assert await client.block_status(0, 0) == {name: [] for name in NAMES}
+
+
+async def test_a_client_does_not_ask_about_less_than_a_block_of_the_export(sparse_pool: Pool) -> None:
+    async with serving(sparse_pool) as server, await connect(server) as client:
+        client.export = replace(client.export, minimum_block=512)
+        for offset, length in ((1, 512), (512, 1)):
+            with pytest.raises(LocalProtocolError, match="512"):
+                await client.block_status(length, offset)
+        statuses = dict(zip(NAMES, (3, 2, 1), strict=True))
+        assert await client.block_status(512, 512) == {name: [(512, status)] for name, status in statuses.items()}

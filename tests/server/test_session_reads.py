@@ -9,9 +9,11 @@ import pytest
 from serving import MIB, Disk, Peer, make_pool, serving, until
 
 from nbdclone.protocol.wire import (
+    ADVERTISED_MAX_PAYLOAD,
     CMD_FLAG_DF,
     CMD_READ,
     CMD_WRITE,
+    EOVERFLOW,
     REPLY_TYPE_OFFSET_DATA,
     REPLY_TYPE_OFFSET_HOLE,
     Mode,
@@ -120,3 +122,17 @@ async def test_a_client_that_reads_nothing_has_no_buffers_of_holes_held_for_it(
         for reply in (await peer.replies(count)).values():
             assert reply.data.count(0) > 15 * MIB
             assert reply.data[4 * MIB : 4 * MIB + 64 * KIB] == NOISE[: 64 * KIB]
+
+
+@in_chunks
+async def test_a_read_longer_than_what_is_announced_comes_in_chunks_that_are_not(tmp_path: Path, mode: Mode) -> None:
+    announced = ADVERTISED_MAX_PAYLOAD
+    size = announced + 5 * MIB
+    pool = make_pool(tmp_path, NOISE * (size // MIB), "web1")
+    async with serving(pool) as server, await Peer.open(server, "web1", mode=mode) as peer:
+        reply = await peer.run(CMD_READ, 0, size)
+        assert reply.data == NOISE * (size // MIB)
+        assert peer.pieces == [(DATA, 0, announced), (DATA, announced, size - announced)]
+        assert (await peer.run(CMD_READ, 0, announced + 1, flags=CMD_FLAG_DF)).error == EOVERFLOW
+        await peer.run(CMD_READ, 1, announced, flags=CMD_FLAG_DF)
+        assert peer.pieces == [(DATA, 1, announced)]
