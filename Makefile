@@ -6,8 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FUZZ_SECONDS ?= 180
 
-.PHONY: help demo test packages lint types unit integration bench powercut flips traces format clean
+.PHONY: help demo test packages lint types unit integration bench powercut flips traces fuzz format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p; s/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -58,9 +59,14 @@ traces: $(STAMP) ## a longer trace of mixed requests; docs/protocol.md has what 
 flips: $(STAMP) ## every bit of the metadata flipped; docs/check.md has the counts
 	FLIP_ALL=1 $(BIN)/pytest -rP --timeout 7200 tests/store/test_check_flips.py tests/store/test_rot.py
 
+fuzz: $(STAMP) ## the protocol core against garbage, coverage-guided, FUZZ_SECONDS for each target; docs/protocol.md
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	$(BIN)/python tests/fuzz/campaign.py --seconds $(FUZZ_SECONDS) $(ARGS)
+	$(BIN)/pytest -q -k goes_through tests/fuzz --cov=nbdclone.protocol --cov-report=term
+
 format: $(STAMP) ## ruff, put right
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## all that was made here
-	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .cache .fuzz .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

@@ -157,7 +157,6 @@ def test_after_every_kill_what_was_flushed_is_there_and_the_rest_is_old_or_new(t
     assert sha256_of_file(pool / "bases" / "base" / "image") == sha256_of_file(image)
 
 
-@pytest.mark.xfail(strict=True, reason="until a flush, only the server's memory knows where a new block is")
 def test_a_flush_after_a_kill_covers_what_was_acknowledged_before_the_kill(tmp_path: Path) -> None:
     """A client that reconnects, such as qemu, repeats what was not acknowledged. The rest it takes for written."""
     image = tmp_path / "image.raw"

@@ -334,6 +334,7 @@ class ClientHandshake:
             self._events.append(Refused(asked.option, reply, _text(payload)))
 
     def _on_tls_granted(self, _asked: _Asked, payload: bytes) -> None:
+        _refuse_payload(payload)
         if self._received:
             raise RemoteProtocolError(AHEAD_OF_TLS)
         self._answer(StartTLS(), payload)

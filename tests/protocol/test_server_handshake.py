@@ -132,6 +132,21 @@ def test_list_gives_one_message_for_each_export_and_an_ack() -> None:
     ]
 
 
+def test_options_behind_a_list_are_answered_behind_it() -> None:
+    server = greeted()
+    server.receive_data(w.option(w.LIST) + w.option(99) + w.option(w.LIST) + w.option(w.ABORT))
+    names = [f"web{number}" for number in range(100)]
+    while (event := server.next_event()) == ListExports():
+        server.send_list([(name, "") for name in names])
+    assert event == Aborted()
+    told = [w.option_replies(message)[0] for batch in iter(server.data_to_send, []) for message in batch]
+    listed = [(w.LIST, w.SERVER, w.listed(name.encode())) for name in names] + [(w.LIST, w.ACK, b"")]
+    assert told[:101] == listed
+    assert told[101][:2] == (99, w.UNSUP)
+    assert told[102:203] == listed
+    assert told[203:] == [(w.ABORT, w.ACK, b"")]
+
+
 def test_an_empty_list_is_an_ack_alone() -> None:
     server = greeted()
     ask(server, w.LIST)

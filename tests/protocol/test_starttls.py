@@ -260,9 +260,10 @@ def test_bytes_between_the_acknowledgement_and_tls_are_an_attack() -> None:
     assert client.closed
 
 
-def test_an_acknowledgement_with_data_breaks_the_protocol() -> None:
+@pytest.mark.parametrize("behind", [b"", b"ahead of TLS"])
+def test_an_acknowledgement_with_data_breaks_the_protocol(behind: bytes) -> None:
     client = asked()
-    client.receive_data(w.option_reply(w.STARTTLS, w.ACK, b"x"))
+    client.receive_data(w.option_reply(w.STARTTLS, w.ACK, b"x") + behind)
     with pytest.raises(RemoteProtocolError, match="NBD_REP_ACK"):
         client.next_event()
 
