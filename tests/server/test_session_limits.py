@@ -109,9 +109,9 @@ async def test_when_a_client_reads_at_last_everything_arrives_right(pool: Pool) 
             peer.request(CMD_READ, 512 * i, 512 * (1 + i % 200), cookie=i) for i in range(count)
         ]  # about 150 MB of replies
         sending = asyncio.create_task(peer.send(*reads))
-        await until(lambda: theirs._output.backlog > MIB)
+        await until(lambda: theirs._output.backlog >= session.MAX_UNTAKEN)
         await asyncio.sleep(0.1)
-        assert theirs._output.backlog <= session.MAX_UNSENT + MIB
+        assert theirs._output.backlog <= session.MAX_UNTAKEN + MIB
         for _ in range(count):
             reply = await peer.reply()
             start = 512 * reply.cookie
