@@ -16,7 +16,6 @@ import shutil
 import stat
 import struct
 import sys
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,13 +166,6 @@ class FileSystem:
             if told < FIEMAP_EXTENTS:
                 return missing + stop - offset
         return missing
-
-    def boot_id(self) -> bytes:
-        """16 bytes that are others after each boot of the kernel; zeros if it does not say."""
-        try:
-            return uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
-        except (OSError, ValueError):
-            return bytes(16)
 
     def keep_in_memory(self, fd: int) -> None:
         """Note, where only the kernel's memory has it, that this inode is there, and with it what was written to it."""

@@ -5,12 +5,12 @@ cut may take them: nobody promised to keep what was not flushed. But a process t
 page cache, and a client that reconnects goes on as if nothing had happened: what was acknowledged must be there, and
 its next flush must cover it. So each mark is also written to a file beside the delta:
 
-    page 0        magic, boot id (16 bytes), the delta's id (16 bytes), 1 if a sync failed
+    page 0        magic, the delta's id (16 bytes), 1 if a sync failed
     page s + 1    the map of segment s as it stands, 4064 bytes
 
-It is never synced and means nothing after a power cut. The next to open the delta believes it only if this is the same
-boot and the delta's inode never left the kernel's memory meanwhile, with its pages: after an unmount the file system
-may have lost what this file tells of. A clean close removes it.
+It is never synced and means nothing after a power cut. The next to open the delta believes it only if the delta's
+inode never left the kernel's memory meanwhile, and with it its pages: after a boot, or an unmount, what this file tells
+of may be lost. A clean close removes it.
 
 After a failed sync the page cache may hold what the disk never got, and must not be believed: this is noted here too.
 """
@@ -30,7 +30,7 @@ from nbdclone.store.layer import BITMAP_SIZE
 logger = logging.getLogger("nbdclone")
 
 MAGIC = b"NBDLIVE1"
-HEAD = Struct(">8s16s16sB")
+HEAD = Struct(">8s16sB")
 PAGE_SIZE = 4096
 FILE_NAME = "live"
 
@@ -57,8 +57,8 @@ class LiveMap:
             return
         head = bytearray(HEAD.size)
         self._fs.preadv(fd, [head], 0)
-        magic, boot, delta_id, failed = HEAD.unpack(head)
-        known = magic == MAGIC and any(boot) and boot == self._fs.boot_id() and delta_id == self._delta_id
+        magic, delta_id, failed = HEAD.unpack(head)
+        known = magic == MAGIC and delta_id == self._delta_id
         if known and failed:
             self._fs.fadvise(self._delta_fd, 0, 0, os.POSIX_FADV_DONTNEED)
         if not known or failed or not self._fs.stayed_in_memory(self._delta_fd):
@@ -126,4 +126,4 @@ class LiveMap:
         return self._fd
 
     def _head(self, *, failed: bool) -> bytes:
-        return HEAD.pack(MAGIC, self._fs.boot_id(), self._delta_id, failed)
+        return HEAD.pack(MAGIC, self._delta_id, failed)

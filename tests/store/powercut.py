@@ -170,7 +170,7 @@ class Campaign:
             self._ledger.require_acknowledged(found)
         self._ledger.observe(found, durable=False)
         self._spare_notes()
-        end = self._rng.choice(["close", "kill", "kill", "power cut", "power cut", "remount"])
+        end = self._rng.choice(["close", "kill", "kill", "power cut", "power cut"])
         try:
             for count in range(operations):
                 self._deadly = end != "close" and count == operations - 1
@@ -186,8 +186,8 @@ class Campaign:
         self._killed = end == "kill" and not self._failed
         self._doing, self._nested, self._deadly, self._failed = "", False, False, False
         self._fs.die()
-        if end in ("power cut", "remount"):
-            self._fs = self._fs.crash(self._rng) if end == "power cut" else self._fs.remount(self._rng)
+        if end == "power cut":
+            self._fs = self._fs.crash(self._rng)
             self._ledger.observe(self._look(self._fs), durable=True)
             self._fs.die()
 

@@ -308,7 +308,6 @@ class SimulatedFileSystem(FileSystem):
         self.on_read: Callable[[], None] = lambda: None
         self.rng = random.Random(0)
         self.capacity: int | None = None
-        self.boot = os.urandom(16)
         self._in_memory: set[File] = set()
         self._open: dict[int, File] = {}
         self._locked: dict[int, File] = {}
@@ -316,21 +315,19 @@ class SimulatedFileSystem(FileSystem):
 
     # For the test
 
+    def forget_inodes(self) -> None:
+        """All that was written is on its way to the disk, and the kernel needs the memory."""
+        self._in_memory.clear()
+
     def die(self) -> None:
         """The process is killed: its descriptors and locks go, what it wrote stays in the page cache."""
         self._open.clear()
         self._locked.clear()
 
     def crash(self, rng: random.Random) -> SimulatedFileSystem:
-        """The power is cut, and comes back."""
+        """The power is cut, and comes back; or the disk alone was away, and is mounted again."""
         after = SimulatedFileSystem(self.tree.crash(rng))
         after.capacity = self.capacity
-        return after
-
-    def remount(self, rng: random.Random) -> SimulatedFileSystem:
-        """The disk goes away and comes back, and the kernel runs on."""
-        after = self.crash(rng)
-        after.boot = self.boot
         return after
 
     def used(self) -> int:
@@ -453,9 +450,6 @@ class SimulatedFileSystem(FileSystem):
         while number in data:
             number += 1
         return max(position, number * SECTOR)
-
-    def boot_id(self) -> bytes:
-        return self.boot
 
     def keep_in_memory(self, fd: int) -> None:
         self._in_memory.add(self._open[fd])

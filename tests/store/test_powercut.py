@@ -105,7 +105,9 @@ MUTATIONS = {
         Delta, "flush", "self._dirty |= noted.keys()\n", "pass\n"
     ),
     "a failed sync is tried again": Mutation(Delta, "require_sound", "if self._failure:", "if False:"),
-    "what a failed sync lost stays in the cache": Mutation(Delta, "close", "if self._failure:", "if False:"),
+    "what a failed sync lost stays in the cache": Mutation(
+        Delta, "close", "if self._failure:", "self._live.discard()\n        if False:"
+    ),
     "blocks are marked before they are written": Mutation(
         Clone,
         "_store",
@@ -129,10 +131,7 @@ MUTATIONS = {
     ),
     "marks are not noted as they are made": Mutation(Delta, "mark", "self._live.note(", "(lambda *_: None)("),
     "marks that were inherited are not flushed": Mutation(Delta, "_inherit", "self._dirty.add(segment)", "pass"),
-    "the marks of another boot are believed": Mutation(
-        LiveMap, "inherit", " and boot == self._fs.boot_id()", ""
-    ),
-    "the marks of before an unmount are believed": Mutation(
+    "marks are believed after a power cut": Mutation(
         LiveMap, "inherit", " or not self._fs.stayed_in_memory(self._delta_fd)", ""
     ),
     "a failed sync is not noted": Mutation(Delta, "_sync", "self._live.note_failure()", "pass"),
@@ -161,7 +160,7 @@ def zero_over_bytes_that_a_crash_left() -> None:
     fs = simulated_disk()
     open_clone(fs).pwrite(b"lost" * 1024, 0)
     fs.die()
-    fs.boot = bytes(range(16))  # a power cut that took nothing else
+    fs.forget_inodes()
     with open_clone(fs) as clone:
         before = clone.pread(BLOCK_SIZE, 0)
         fs.on_step = lambda what: clone.flush() if what == "punch" else None
