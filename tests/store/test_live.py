@@ -125,6 +125,9 @@ def test_after_a_failed_sync_the_cache_is_not_believed(pool: Pool) -> None:
     assert not live.exists()
 
 
-def test_check_knows_the_file(pool: Pool) -> None:
+def test_check_knows_the_file_and_changes_nothing(pool: Pool) -> None:
     killed(pool)
+    assert {finding.kind for finding in check_pool(pool.path, repair=True)} == {"unmarked-data"}
+    with pool.open_clone("web1") as clone:
+        assert has_all(clone)
     assert list(check_pool(pool.path)) == []
