@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from nbdclone.protocol.handshake import ServerHandshake
 from nbdclone.protocol.pending import Pending
 from nbdclone.protocol.transmission import ClientTransmission
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "protocol.md"
 MAX_CORPUS_SIZE = 300 << 10
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -56,6 +58,11 @@ def test_every_input_of_the_corpus_goes_through_its_target(target: str) -> None:
 def test_there_is_a_corpus_for_each_target_and_it_is_small() -> None:
     assert sorted(path.name for path in CORPUS.iterdir()) == sorted(TARGETS)
     assert sum(path.stat().st_size for target in TARGETS for path in corpus(target)) < MAX_CORPUS_SIZE
+
+
+def test_the_documented_targets_are_those_that_there_are() -> None:
+    section = DOCUMENT.read_text().split("\n## Fuzzing\n")[1].split("\n## ")[0]
+    assert re.findall(r"^\| (\w+) \|", section.split("\n\n")[1], re.MULTILINE) == ["target", *TARGETS]
 
 
 @pytest.mark.parametrize("target", TARGETS)
