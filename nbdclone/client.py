@@ -7,47 +7,33 @@ async with await Client.connect("nbd+unix:///web1?socket=/run/nbd.sock") as disk
 
 from __future__ import annotations
 
-import asyncio
 import ssl
-from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
-from enum import IntEnum
-from mmap import mmap
-from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, TypeVar, cast
+from typing import Final, Self, cast
 
 from nbdclone.address import Address
-from nbdclone.credentials import client_context, psk_client_context, reason
+from nbdclone.client_connection import Connection, again, answer_of, connect, name_of, say_goodbye
 from nbdclone.errors import (
-    ConnectionFailed,
     LocalProtocolError,
     NBDCloneError,
-    ProtocolError,
     ServerRefused,
 )
 from nbdclone.protocol import wire
 from nbdclone.protocol.block_status import Descriptors, merged
 from nbdclone.protocol.client_handshake import (
-    ClientEvent,
-    ClientHandshake,
     ContextsSet,
     ExportDescribed,
     ExportList,
     Opened,
-    Ready,
-    Refused,
 )
-from nbdclone.protocol.handshake import Negotiated, StartTLS
+from nbdclone.protocol.handshake import Negotiated
 from nbdclone.protocol.pending import Completed
-from nbdclone.protocol.transmission import Buffer, ClientTransmission
-from nbdclone.protocol.wire import Command, CommandFlag, Errno, ExportInfo, Mode, OptionReply, TransmissionFlag
+from nbdclone.protocol.transmission import Buffer
+from nbdclone.protocol.wire import Command, CommandFlag, Errno, ExportInfo, Mode, TransmissionFlag
 
 CONNECT_TIMEOUT_S: Final = 30.0  # connecting and the handshake together
-CLOSE_TIMEOUT_S: Final = 5.0  # for the server to close the connection after NBD_CMD_DISC
-RECEIVE_BUFFER: Final = 256 << 10  # a Unix socket hands over about 200 KiB at a time
-FLUSH_ABOVE: Final = 64 << 10  # smaller requests of one turn of the loop are sent together
 MAX_PIECE: Final = wire.ADVERTISED_MAX_PAYLOAD  # the payload that every server takes
 MAX_RANGE: Final = 1 << 30  # bytes of one request without a payload
 MAX_EXTENDED_RANGE: Final = 1 << 63  # the same with extended headers: all of any disk
@@ -55,182 +41,6 @@ MAX_EXTENDED_RANGE: Final = 1 << 63  # the same with extended headers: all of an
 Names = list[str]
 Pieces = list[tuple[int, int, Buffer]]  # offset, length, payload
 Answers = list[bytes | bytearray | None]  # the data of each, where it was a read
-_Result = TypeVar("_Result")
-_Event = TypeVar("_Event", ContextsSet, ExportList, ExportDescribed, Opened, Ready, StartTLS)
-
-
-class _Connection(asyncio.BufferedProtocol):
-    """One connection: the protocol core between a transport and the tasks that wait for answers."""
-
-    def __init__(self, mode: Mode, *, tls: bool) -> None:
-        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.handshake = ClientHandshake(mode, tls=tls)
-        self.failure: NBDCloneError | None = None
-        self._buffer = memoryview(mmap(-1, RECEIVE_BUFFER))  # page-aligned, which the kernel copies into faster
-        self._transport: asyncio.Transport | None = None
-        self._transmission: ClientTransmission | None = None
-        self._events: deque[ClientEvent] = deque()
-        self._waiters: dict[int, asyncio.Future[Completed | NBDCloneError]] = {}
-        self._progress = asyncio.Event()  # set when an event came, writing may go on, or all is lost
-        self._paused = False
-        self._outgoing: list[Buffer] = []
-        self._outgoing_bytes = 0
-
-    # What the transport calls
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        try:
-            self._receive(self._buffer[:nbytes])
-        except ProtocolError as error:
-            self._fail(error)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._fail(ConnectionFailed(f"the connection was lost: {reason(exc) if exc else 'the server closed it'}"))
-        if not self.lost.done():
-            self.lost.set_result(None)
-
-    def pause_writing(self) -> None:
-        self._paused = True
-
-    def resume_writing(self) -> None:
-        self._paused = False
-        self._progress.set()
-
-    def _receive(self, data: Buffer) -> None:
-        if self._transmission is not None:
-            self._transmit(self._transmission, data)
-            return
-        self.handshake.receive_data(data)
-        self.pump_handshake()
-        if self.handshake.finished is not None:
-            negotiated = self.handshake.finished
-            contexts = [number for number, _name in negotiated.contexts]
-            self._transmission = ClientTransmission(negotiated.mode, contexts)
-            self._transmit(self._transmission, self.handshake.trailing_data())
-
-    def _transmit(self, transmission: ClientTransmission, data: Buffer) -> None:
-        completed: list[Completed] = []
-        try:
-            transmission.receive_data(data, completed)
-        finally:
-            for answer in completed:
-                waiter = self._waiters.pop(answer.cookie)
-                if not waiter.done():  # its task may have been cancelled
-                    waiter.set_result(answer)
-
-    def _fail(self, failure: NBDCloneError) -> None:
-        """Nothing more comes of this connection: tell everyone who waits. The first reason counts."""
-        if self.failure is None:
-            self.failure = failure
-        for waiter in self._waiters.values():
-            if not waiter.done():
-                waiter.set_result(self.failure)
-        self._waiters.clear()
-        self._progress.set()
-        if self._transport is not None:
-            self._transport.abort()
-
-    # What the client calls
-
-    async def next_event(self) -> ClientEvent:
-        """The next event of the handshake."""
-        while not self._events:
-            await self._wait_for_progress()
-        return self._events.popleft()
-
-    def pump_handshake(self) -> None:
-        """Bring out the handshake's events and what it has to send."""
-        while (event := self.handshake.next_event()) is not None:
-            if isinstance(event, StartTLS):  # what comes next is OpenSSL's to judge, when it is there
-                assert self._transport is not None
-                self._transport.pause_reading()
-            self._events.append(event)
-            self._progress.set()
-        for message in self.handshake.data_to_send():
-            self._send([message])
-
-    async def start_tls(self, context: ssl.SSLContext, host: str) -> None:
-        """Go on through TLS. Raises OSError."""
-        transport = self._transport
-        assert transport is not None
-        # Of a Unix socket nobody knows the server's name: then it is this machine's, if the context asks for one.
-        name = host or ("localhost" if context.check_hostname else None)
-        try:
-            self._transport = await asyncio.get_running_loop().start_tls(transport, self, context, server_hostname=name)
-        except BaseException:
-            transport.abort()
-            self._transport = None  # it is not this connection's any more, and will not tell it of its end
-            raise
-        self.handshake.tls_started()
-
-    async def submit(
-        self,
-        command: int,
-        flags: int,
-        offset: int,
-        length: int,
-        payload: Buffer = b"",
-        contexts: Collection[int] | None = None,
-    ) -> asyncio.Future[Completed | NBDCloneError]:
-        """Send a request as soon as the transport takes it; the future gives its answer, or why there is none."""
-        while self._paused:
-            await self._wait_for_progress()
-        if self.failure is not None:
-            raise _again(self.failure)
-        if self._transmission is None:
-            raise LocalProtocolError("the handshake has not finished")
-        cookie, buffers = self._transmission.send_request(command, flags, offset, length, payload, contexts)
-        waiter = self._waiters[cookie] = asyncio.get_running_loop().create_future()
-        self._send(buffers)
-        return waiter
-
-    async def disconnect(self) -> None:
-        """Tell the server that nothing more comes, and wait for it to close the connection."""
-        try:
-            if self.failure is None and self._transmission is not None:
-                _cookie, buffers = self._transmission.send_request(Command.DISC, 0, 0, 0)
-                self._send(buffers)
-                await asyncio.wait([self.lost], timeout=CLOSE_TIMEOUT_S)
-        finally:
-            await self.drop()
-
-    async def drop(self) -> None:
-        """Close the connection at once, if there is one, and see it closed."""
-        self._fail(ConnectionFailed("the connection has been closed"))
-        if self._transport is not None:
-            await asyncio.wait([self.lost])
-
-    async def _wait_for_progress(self) -> None:
-        if self.failure is not None:
-            raise _again(self.failure)
-        self._progress.clear()
-        await self._progress.wait()
-
-    def _send(self, buffers: list[Buffer]) -> None:
-        """Send together what the tasks of one turn of the loop ask for: one system call instead of many."""
-        if not self._outgoing:
-            asyncio.get_running_loop().call_soon(self._flush)
-        self._outgoing += buffers
-        self._outgoing_bytes += sum(map(len, buffers))
-        if self._outgoing_bytes >= FLUSH_ABOVE:
-            self._flush()
-
-    def _flush(self) -> None:
-        outgoing, self._outgoing = self._outgoing, []
-        large, self._outgoing_bytes = self._outgoing_bytes >= FLUSH_ABOVE, 0
-        if self._transport is None or self._transport.is_closing() or not outgoing:
-            return
-        if large:
-            for buffer in outgoing:
-                self._transport.write(buffer)
-        else:
-            self._transport.write(b"".join(outgoing))
 
 
 class Client:
@@ -246,7 +56,7 @@ class Client:
         LocalProtocolError: the export does not offer this, or not for blocks as small.
     """
 
-    def __init__(self, connection: _Connection, negotiated: Negotiated) -> None:
+    def __init__(self, connection: Connection, negotiated: Negotiated) -> None:
         self._connection = connection
         self.export = negotiated.export
         self.size = negotiated.export.size
@@ -285,28 +95,28 @@ class Client:
         address = Address.parse(uri)
         name = export or address.export
 
-        async def go(connection: _Connection) -> Self:
+        async def go(connection: Connection) -> Self:
             if contexts:
                 connection.handshake.set_contexts(name, contexts)
                 with suppress(ServerRefused):  # a server without contexts, or without the export: the next answer tells
-                    await _answer(connection, ContextsSet, f"export {name!r}")
+                    await answer_of(connection, ContextsSet, f"export {name!r}")
             connection.handshake.go(name)
-            opened = await _answer(connection, Opened, f"export {name!r}")
+            opened = await answer_of(connection, Opened, f"export {name!r}")
             return cls(connection, opened.negotiated)
 
-        return await _connect(uri, address, go, tls, timeout, mode)
+        return await connect(uri, address, go, tls, timeout, mode)
 
     @staticmethod
     async def list(uri: str, *, tls: ssl.SSLContext | None = None, timeout: float | None = CONNECT_TIMEOUT_S) -> Names:
         """The names of the server's exports. ``uri`` and errors as in ``connect``."""
 
-        async def ask(connection: _Connection) -> Names:
+        async def ask(connection: Connection) -> Names:
             connection.handshake.list_exports()
-            answer = await _answer(connection, ExportList, "the list of exports")
-            await _say_goodbye(connection)
+            answer = await answer_of(connection, ExportList, "the list of exports")
+            await say_goodbye(connection)
             return [name for name, _description in answer.exports]
 
-        return await _connect(uri, Address.parse(uri), ask, tls, timeout)
+        return await connect(uri, Address.parse(uri), ask, tls, timeout)
 
     @staticmethod
     async def describe(
@@ -316,13 +126,13 @@ class Client:
         address = Address.parse(uri)
         name = export or address.export
 
-        async def ask(connection: _Connection) -> ExportInfo:
+        async def ask(connection: Connection) -> ExportInfo:
             connection.handshake.info(name)
-            answer = await _answer(connection, ExportDescribed, f"export {name!r}")
-            await _say_goodbye(connection)
+            answer = await answer_of(connection, ExportDescribed, f"export {name!r}")
+            await say_goodbye(connection)
             return answer.info
 
-        return await _connect(uri, address, ask, tls, timeout)
+        return await connect(uri, address, ask, tls, timeout)
 
     async def __aenter__(self) -> Self:
         return self
@@ -335,7 +145,7 @@ class Client:
     async def close(self) -> None:
         """Disconnect in peace: the server finishes what is in flight, then closes the connection.
 
-        Returns after ``CLOSE_TIMEOUT_S`` at the latest, with the connection closed in any case.
+        Returns after CLOSE_TIMEOUT_S at the latest, with the connection closed in any case.
         """
         await self._connection.disconnect()
 
@@ -451,85 +261,6 @@ class Client:
         return CommandFlag.FUA
 
 
-async def _connect(
-    uri: str,
-    address: Address,
-    ask: Callable[[_Connection], Awaitable[_Result]],
-    tls: ssl.SSLContext | None,
-    timeout: float | None,
-    mode: Mode = Mode.EXTENDED,
-) -> _Result:
-    """Connect and ``ask``; on any failure, cancellation included, leave nothing open."""
-    if tls is None and address.tls:
-        tls = _context(address)
-    connection = _Connection(mode, tls=tls is not None)
-    try:
-        async with asyncio.timeout(timeout):
-            await _dial(connection, address)
-            if tls is not None:
-                await _answer(connection, StartTLS, uri)
-                await connection.start_tls(tls, address.hostname or address.host)
-            await _answer(connection, Ready, uri)
-            try:
-                return await ask(connection)
-            except ServerRefused:
-                await _say_goodbye(connection)
-                raise
-    except BaseException as error:
-        await connection.drop()
-        if isinstance(error, OSError) and not isinstance(error, NBDCloneError):
-            raise ConnectionFailed(f"{uri}: {_why(error, timeout)}") from error
-        raise
-
-
-def _why(error: OSError, timeout: float | None) -> str:
-    return f"no answer within {timeout} s" if isinstance(error, TimeoutError) and not str(error) else reason(error)
-
-
-def _context(address: Address) -> ssl.SSLContext:
-    """How TLS is done, as far as the URI says."""
-    if address.psk_file:
-        return psk_client_context(Path(address.psk_file), address.username)
-    context = client_context(
-        Path(address.certificates) if address.certificates else None, verify_peer=address.verify_peer
-    )
-    if address.path and not address.hostname:
-        context.check_hostname = False  # a Unix socket has no name: the CA's word has to do
-    return context
-
-
-async def _dial(connection: _Connection, address: Address) -> None:
-    loop = asyncio.get_running_loop()
-    if address.path:
-        await loop.create_unix_connection(lambda: connection, address.path)
-    else:
-        await loop.create_connection(lambda: connection, address.host, address.port)
-
-
-async def _answer(connection: _Connection, kind: type[_Event], subject: str) -> _Event:
-    """The server's answer to what was just asked about ``subject``."""
-    connection.pump_handshake()
-    try:
-        event = await connection.next_event()
-    except ConnectionFailed as error:
-        raise ConnectionFailed(f"{subject}: {error}") from None
-    if isinstance(event, Refused):
-        name = _name_of(OptionReply, event.code)
-        raise ServerRefused(f"{subject}: {name}{event.message and ': '}{event.message}", event.code)
-    assert isinstance(event, kind)
-    return event
-
-
-async def _say_goodbye(connection: _Connection) -> None:
-    """End a handshake that leads to no transmission."""
-    with suppress(ProtocolError, ConnectionFailed, TimeoutError):  # some servers just close
-        connection.handshake.abort()
-        connection.pump_handshake()
-        async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await connection.next_event()
-    await connection.drop()
-
-
 def _split(offset: int, length: int, limit: int) -> Iterator[tuple[int, int]]:
     """The range in pieces of at most ``limit`` bytes: (offset, length) of each."""
     if length < 0:
@@ -558,22 +289,9 @@ def _result(answer: Completed | NBDCloneError, command: int, offset: int, length
 def _completed(answer: Completed | NBDCloneError, command: int, offset: int, length: int) -> Completed:
     """The answer to a request that succeeded; what failed is raised."""
     if isinstance(answer, NBDCloneError):
-        raise _again(answer)
+        raise again(answer)
     if answer.error:
-        what = f"{_name_of(Command, command)} of {length} bytes at {offset}"
-        name = _name_of(Errno, answer.error)
+        what = f"{name_of(Command, command)} of {length} bytes at {offset}"
+        name = name_of(Errno, answer.error)
         raise ServerRefused(f"{what}: {name}{answer.message and ': '}{answer.message}", answer.error)
     return answer
-
-
-def _name_of(enumeration: type[IntEnum], number: int) -> str:
-    """The number as the specification calls it, where it does."""
-    try:
-        return enumeration(number).name
-    except ValueError:
-        return f"{enumeration.__name__} {number}"
-
-
-def _again(failure: NBDCloneError) -> NBDCloneError:
-    """The same failure, to be raised in another task: each has a traceback of its own."""
-    return type(failure)(*failure.args)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from nbdclone import client as client_module
+from nbdclone import client_connection
 from nbdclone.client import Address, Client
 from nbdclone.errors import ConnectionFailed, LocalProtocolError, RemoteProtocolError, ServerRefused, UsageError
 from nbdclone.protocol import wire
@@ -334,7 +335,7 @@ async def test_a_lie_wakes_everyone_who_waits_and_closes_the_connection(server: 
 async def test_close_wakes_what_is_in_flight_at_the_latest_when_the_server_does_not_answer(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "CLOSE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(client_connection, "CLOSE_TIMEOUT_S", 0.05)
     server.hold = asyncio.Event()
     disk = await Client.connect(server.uri)
     waiting = asyncio.create_task(disk.pread(512, 0))

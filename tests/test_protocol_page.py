@@ -45,6 +45,7 @@ MODULES = {
     "quiet": "server",
     "clone": "store",
     "client": "",
+    "client_connection": "",
 }
 # Constants that are named like limits and bound no peer: sizes at which the way of doing something changes, and what
 # the event loop does in one go.

@@ -25,7 +25,8 @@ ALLOWED = {
     "nbdclone.address": {"nbdclone.protocol"},
     "nbdclone.credentials": set(),
     "nbdclone.certificates": {"nbdclone.credentials"},
-    "nbdclone.client": {"nbdclone.protocol", "nbdclone.address", "nbdclone.credentials"},
+    "nbdclone.client": {"nbdclone.protocol", "nbdclone.address", "nbdclone.client_connection"},
+    "nbdclone.client_connection": {"nbdclone.protocol", "nbdclone.address", "nbdclone.credentials"},
     "nbdclone.server": {"nbdclone.protocol", "nbdclone.store", "nbdclone.credentials"},
 }
 
