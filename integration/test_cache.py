@@ -42,7 +42,7 @@ def test_what_could_not_be_made_is_tried_again(own_cache: Path) -> None:
         build(directory)
         raise OSError("no network")
 
-    with pytest.raises(OSError, match="no network"):
+    with pytest.raises((pytest.skip.Exception, pytest.fail.Exception), match="no network"):
         cached("thing", ["recipe"], fail, works)
     assert works(cached("thing", ["recipe"], build, works))
     assert not list(own_cache.glob("*unfinished*"))
