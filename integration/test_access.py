@@ -111,4 +111,4 @@ def test_qemu_img_hears_where_a_damaged_file_is_as_the_servers_user_and_as_nobod
                 friend = (way, uid) == ("unix", None)
                 assert (str(pool) in done.stderr) == friend, done.stderr
                 assert ("see the server's log" in done.stderr) != friend, done.stderr
-            assert server.stderr.read_text().count(f"{pool}/clones/web1/delta: truncated") >= len(ways)
+            assert f"{pool}/clones/web1/delta: truncated" in server.stderr.read_text()
