@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import subprocess
 from collections.abc import Iterator
 from itertools import groupby
@@ -203,31 +202,4 @@ print(json.dumps([nbd.READ_DATA, nbd.READ_HOLE, reads]))
         [[TRIMMED[0].start, PIECE, hole]],
         [[SIZE - 512, 512, hole]],
         [[WRITTEN[0].start, 4096, data]],
-    ]
-
-
-def test_a_newer_qemu_asks_about_more_than_32_bits(tmp_path: Path) -> None:
-    version = [int(number) for number in re.findall(r"\d+", run("qemu-io", "--version"))[:2]]
-    if version < [8, 2]:
-        pytest.skip("this qemu knows no extended headers")
-    size = 40 << 30
-    pool, image = tmp_path / "pool", tmp_path / "image.raw"
-    image.write_bytes(b"d" * MIB)
-    nbdclone("--pool", pool, "import", image, "--name", "base")
-    nbdclone("--pool", pool, "clone", "base", "web1", "--size", str(size))
-    with served(pool) as server:
-        commands = ("-c", f"write -P 7 {20 << 30} 64k", "-c", f"read -P 7 {20 << 30} 64k", "-c", "read -P 0 8M 1M")
-        command = [program("qemu-io"), "--trace", "nbd_*", "-f", "raw", *commands, "-c", "map", server.uri("web1")]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=DEADLINE_S)
-        assert done.returncode == 0, done.stderr
-        said = done.stdout + done.stderr
-        assert "option reply 11 (extended headers), type 1 (ack)" in said
-        assert f".from = {MIB}, .len = {size - MIB}," in said
-        assert "Pattern verification failed" not in said
-        told = json.loads(run("qemu-img", "map", "--output=json", "-f", "raw", server.uri("web1")))
-    assert [(extent["start"], extent["length"], extent["data"]) for extent in told] == [
-        (0, MIB, True),
-        (MIB, (20 << 30) - MIB, False),
-        (20 << 30, PIECE, True),
-        ((20 << 30) + PIECE, (20 << 30) - PIECE, False),
     ]
