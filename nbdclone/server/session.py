@@ -557,6 +557,8 @@ class Session:
             self._lose()
         else:
             self._guarded(self._resume)
+            if self._input.active:  # a payload that waited must be asked for now, while it is this connection's turn
+                self._guarded(self._input.receive)
 
     def _on_room(self) -> None:
         self._guarded(self._resume)
