@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import struct
 import threading
@@ -418,6 +419,7 @@ async def test_reloaded_rules_are_for_new_clients_and_the_others_go_on(pool: Poo
 
 
 async def test_a_failed_reload_keeps_the_old_rules_and_says_so(pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     pool.settings_path.write_text(ELSEWHERE)
     async with serving(pool, listen=[TCP]) as server:
         for text in ("[access", "[access.web1]"):
