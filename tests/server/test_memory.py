@@ -60,9 +60,9 @@ class Other:
 
 
 @contextlib.asynccontextmanager
-async def short(pool: Pool, count: int = 64) -> AsyncIterator[tuple[Server, list[Other]]]:
+async def short(pool: Pool, count: int = 64, **where: object) -> AsyncIterator[tuple[Server, list[Other]]]:
     """A server that lends little, with so many other connections, the first of which holds all of it."""
-    async with serving(pool) as server:
+    async with serving(pool, **where) as server:
         budget = server.scratch.budget
         budget.limit = LIMIT
         others = [Other(budget) for _ in range(count)]
@@ -225,3 +225,33 @@ async def test_a_connection_that_waits_for_memory_is_drained(pool: Pool) -> None
         others[0].account.give(2 * MIB)
         assert (await peer.reply()).data == BASE[:MIB]
         assert await peer.is_closed()
+
+
+@pytest.mark.parametrize("where", ["unix", "tcp"])
+async def test_what_a_client_asked_before_it_closed_its_half_is_done_when_there_is_memory(
+    pool: Pool, tmp_path: Path, where: str
+) -> None:
+    listening = {"listen": [("127.0.0.1", 0)]} if where == "tcp" else {"sockets": [tmp_path / "s"]}
+    async with short(pool, 300, **listening) as (server, others), await Peer.open(server, "web1") as peer:
+        write = peer.request(CMD_WRITE, 0, payload=b"x" * (64 << 10), cookie=1)
+        await peer.send(peer.request(CMD_READ, 0, 128 << 10, cookie=0), write, peer.request(CMD_DISC))
+        peer.sock.shutdown(socket.SHUT_WR)
+        await until(lambda: len(server.scratch.budget._waiting) == 1)
+        others[0].account.give(MIB)
+        replies = await peer.replies(2)
+        assert [replies[cookie].error for cookie in range(2)] == [0, 0]
+        assert len(replies[0].data) == 128 << 10
+        assert await peer.is_closed()
+
+
+async def test_a_client_that_went_away_does_not_get_its_turn(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with short(pool) as (server, others), await Peer.open(server, "web1") as peer:
+        await peer.send(peer.request(CMD_READ, 0, 2 * MIB))
+        await until(lambda: len(server.scratch.budget._waiting) == 1)
+        theirs = only_session(server)
+        made: list[object] = []
+        monkeypatch.setattr(theirs, "_read_large", lambda *what: made.append(what))
+        peer.close()
+        others[0].account.give(4 * MIB)
+        await until(lambda: not server._connections)
+        assert not made
