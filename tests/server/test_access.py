@@ -174,6 +174,7 @@ BAD = [
     ('[access."web 1"]\nuids = [1]', "access.\"web 1\": 'web 1' cannot be a name"),
     ('[access.""]\nuids = [1]', "access.\"\": '' cannot be a name"),
     ('[access."lab *"]\nuids = [1]', 'access."lab *": no export has a name that matches this pattern'),
+    ('[access."web@*"]\nuids = [1]', 'access."web@*": no export has a name that matches this pattern'),
     ('[access."lab-[12"]\nuids = [1]', 'access."lab-[12": no export has a name that matches this pattern'),
     ('[access.web1]\nnetworks = "10.0.0.0/8"', 'access."web1".networks: is to be a list'),
     ("[access.web1]\nnetworks = [10]", 'access."web1".networks: 10 is to be a string'),
