@@ -23,7 +23,7 @@ from nbdclone.store.pool import validate_name
 # What makes a pattern of a name. None of it can be in a name.
 _PATTERN = re.compile(r"[*?\[]")
 # What a pattern may have beside wildcards and sets, or nothing would match it.
-_LITERALS = re.compile(r"[A-Za-z0-9._@-]*")
+_LITERALS = re.compile(r"[A-Za-z0-9._-]*")
 _WILDCARDS = re.compile(r"\[!?\]?[^\]]*\]|[*?]")
 # The last uid is -1: no user.
 _MAX_UID = (1 << 32) - 2

@@ -58,7 +58,8 @@ class Budget:
         self.used = 0
         self._loop = loop
         self._accounts: set[Account] = set()
-        self._waiting: dict[Account, int] = {}  # who waits, in their order, and for how much
+        # Who waits, in their order: for how much, and since when.
+        self._waiting: dict[Account, tuple[int, float]] = {}
         self._turn: Account | None = None  # whose turn it is, at the front of those who wait
         self._waking: asyncio.Handle | None = None
         self._checking: asyncio.TimerHandle | None = None
@@ -84,7 +85,7 @@ class Budget:
             self._waking = self._loop.call_soon(self._wake)
 
     def _wait(self, account: Account, size: int) -> None:
-        self._waiting.setdefault(account, size)
+        self._waiting.setdefault(account, (size, self._loop.time()))
         if self._checking is None:
             self._checking = self._loop.call_later(CHECK_INTERVAL_S, self._check)
 
@@ -92,7 +93,7 @@ class Budget:
         """Let those go on whose turn it is. One who asks for more again stands at the end."""
         self._waking = None
         for _ in range(len(self._waiting)):
-            account, size = next(iter(self._waiting.items()))
+            account, (size, _since) = next(iter(self._waiting.items()))
             if not (self.used + size <= self.limit or account.held + size <= self.share):
                 return
             del self._waiting[account]
@@ -101,23 +102,35 @@ class Budget:
             self._turn = None
             if not self._waiting:
                 return
+        # All that wait now have asked for more. There may be enough of it, and nobody who gives any back: what is
+        # answered at once holds none.
+        self._returned()
 
     def _check(self) -> None:
-        """End the connections that hold more than their share and move nothing, while others wait."""
+        """End the connections that hold more than their share and move nothing, while others wait.
+
+        If that does not help the first of those, since it wants more than is left beside all shares, then also those
+        that hold most and move nothing, as far as it takes.
+        """
         self._checking = None
         if not self._waiting:
             return
         self._checking = self._loop.call_later(CHECK_INTERVAL_S, self._check)
         latest = self._loop.time() - STALL_S
-        for account in list(self._accounts):
-            since = account.borrower.stalled_since()
-            if since is not None and since <= latest and account.held > self.share:
+        size, since = next(iter(self._waiting.values()))
+        missing = self.used + size - self.limit if since <= latest else 0
+        for account in sorted(self._accounts, key=lambda account: -account.held):
+            if account.held <= self.share and missing <= 0:
+                return
+            stalled = account.borrower.stalled_since()
+            if stalled is not None and stalled <= latest:
                 logger.warning(
                     "%s: ended: it left %d bytes unmoved for %d s while others waited for memory",
                     account.borrower.label,
                     account.held,
                     STALL_S,
                 )
+                missing -= account.held
                 account.borrower.abandon()
 
 

@@ -140,7 +140,7 @@ class Connection:
         self._sock = secured = TLSSocket(self._raw, self._server.tls, self._loop)
         await secured.handshake()
         self._peer = replace(self._peer, subject=secured.subject or None)
-        logger.debug("%s: %s, %s", self._peer, secured.version, secured.subject or "no certificate")
+        logger.debug("%s: %s, certificate: %r", self._peer, secured.version, secured.subject)
 
     async def _answer(self, handshake: ServerHandshake, event: OpenExport) -> None:
         """Open the export that the client names; the time that takes is not the client's."""

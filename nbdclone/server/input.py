@@ -183,7 +183,8 @@ class Input:
             self._carry = bytes(self._view[position:end])
             return
         length = request[4]
-        if not self._receiver.has_memory(length):
+        # While nothing is received, nothing is held for what is to be: it could keep the input from starting again.
+        if not (self.active and self._receiver.has_memory(length)):
             self._carry, self._unparsed = bytes(self._view[position:end]), True
             self.stop()
             return

@@ -37,9 +37,9 @@ _EXTENDED_REPLY_SIZE = EXTENDED_REPLY.size
 
 
 def is_gone(sock: AnySocket) -> bool:
-    """Has the peer closed the connection, or its half of it?"""
+    """Has the peer closed the connection, as far as that shows? One that closed its half of it wants its replies."""
     poll = select.poll()
-    poll.register(sock.fileno(), select.POLLRDHUP)
+    poll.register(sock.fileno(), 0)  # POLLHUP and POLLERR are told in any case
     return bool(poll.poll(0))
 
 

@@ -10,7 +10,7 @@ INTERVAL_S = 5.0
 
 
 class QuietLog:
-    """Warnings about what clients do. ``clock`` gives seconds; kinds are few, and the code's own."""
+    """Warnings about what clients do. ``clock`` gives seconds; kinds are few: the code's own, and exports'."""
 
     def __init__(self, logger: logging.Logger, clock: Callable[[], float]) -> None:
         self._logger = logger

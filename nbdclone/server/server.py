@@ -138,13 +138,16 @@ class Server:
             self.access = read_access(self.pool.settings_path)
         except UsageError as error:
             logger.error("the settings stay as they were: %s", error)
+        else:
+            logger.info("the settings were read again")
+        if self.tls is None:
+            return
         try:
-            if self.tls is not None:
-                self.tls.reload()
+            self.tls.reload()
         except UsageError as error:
             logger.error("TLS goes on as it was: %s", error)
         else:
-            logger.info("the settings were read again")
+            logger.info("the files of TLS were read again")
 
     def _abandon(self) -> None:
         for connection in self._connections:

@@ -94,8 +94,6 @@ MAX_WAITING = 1024  # reads and questions that wait for room
 # Bytes of replies that the client does not take: more than reads alone can make it, the longest being the last of them.
 MAX_BACKLOG = MAX_UNSENT + MAX_PAYLOAD + (4 << 20)
 MAX_PIECES = 4096  # the same, in pieces: each has its own small cost
-# A full disk fails thousands of requests a second; the log says it once in this time for each connection.
-LOG_INTERVAL_S = 5.0
 
 
 class Scratch:
@@ -161,7 +159,6 @@ class Session:
         self._prefetching = False  # a thread runs a CACHE
         self._draining = False  # no more requests: answer those there are, and end
         self._lost = False
-        self._quiet_until = 0.0
         self._over: asyncio.Future[None] = loop.create_future()
 
     async def serve(self, trailing: bytes) -> None:
@@ -508,12 +505,12 @@ class Session:
         return done
 
     def _fail(self, cookie: Cookie, error: BaseException) -> None:
-        """Gather the reply to a request that failed, and log it, once in a while."""
-        now = self._loop.time()
-        if now >= self._quiet_until and not self._lost:
-            self._quiet_until = now + LOG_INTERVAL_S
-            logger.warning("%s: '%s': %s", self._peer, self._clone.name, describe(error))
-        self._reply(cookie, nbd_errno(error), tell(error, self._peer))
+        """Gather the reply to a request that failed, and log it: a full disk fails thousands a second."""
+        number = nbd_errno(error)
+        if not self._lost:
+            kind = f"failed {self._clone.name} {number}"  # no client gets more of them by connecting again
+            self._quiet.say(kind, "%s: '%s': %s", self._peer, self._clone.name, describe(error))
+        self._reply(cookie, number, tell(error, self._peer))
 
     def _reply(self, cookie: Cookie, error: int, message: str = "") -> None:
         """Gather the reply to a request that failed."""
@@ -557,6 +554,8 @@ class Session:
             self._lose()
         else:
             self._guarded(self._resume)
+            if self._input.active:  # a payload that waited must be asked for now, while it is this connection's turn
+                self._guarded(self._input.receive)
 
     def _on_room(self) -> None:
         self._guarded(self._resume)

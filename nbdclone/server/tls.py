@@ -25,6 +25,9 @@ CIPHERTEXT = 32 << 10
 # stays with the connection too. Two records of TLS.
 PLAINTEXT = 32 << 10
 RECORD = 16 << 10  # OpenSSL takes no more than this at once
+# What OpenSSL has to say of its own accord and the peer does not take, in bytes. It answers each change of keys that a
+# peer asks for with 27; in peace there is one in hundreds of gigabytes.
+MAX_OWN_WORDS = 16 << 10
 
 
 class ServerTLS:
@@ -221,6 +224,8 @@ class TLSSocket:
             raise
         if self._outgoing.pending:
             self._push_quietly()
+            if self._outgoing.pending > MAX_OWN_WORDS:
+                raise ConnectionResetError("the peer takes none of the answers that TLS itself gives")
         return got
 
     def _push(self) -> None:

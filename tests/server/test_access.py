@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import struct
 import threading
@@ -173,6 +174,7 @@ BAD = [
     ('[access."web 1"]\nuids = [1]', "access.\"web 1\": 'web 1' cannot be a name"),
     ('[access.""]\nuids = [1]', "access.\"\": '' cannot be a name"),
     ('[access."lab *"]\nuids = [1]', 'access."lab *": no export has a name that matches this pattern'),
+    ('[access."web@*"]\nuids = [1]', 'access."web@*": no export has a name that matches this pattern'),
     ('[access."lab-[12"]\nuids = [1]', 'access."lab-[12": no export has a name that matches this pattern'),
     ('[access.web1]\nnetworks = "10.0.0.0/8"', 'access."web1".networks: is to be a list'),
     ("[access.web1]\nnetworks = [10]", 'access."web1".networks: 10 is to be a string'),
@@ -418,6 +420,7 @@ async def test_reloaded_rules_are_for_new_clients_and_the_others_go_on(pool: Poo
 
 
 async def test_a_failed_reload_keeps_the_old_rules_and_says_so(pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     pool.settings_path.write_text(ELSEWHERE)
     async with serving(pool, listen=[TCP]) as server:
         for text in ("[access", "[access.web1]"):

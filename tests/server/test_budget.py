@@ -94,6 +94,22 @@ async def test_one_request_each_then_the_next_in_the_row(budget: Budget) -> None
     await until(lambda: first.account.held == 800)
 
 
+async def test_those_who_keep_nothing_wake_each_other(budget: Budget) -> None:
+    """What is answered at once holds no memory: none comes back that could wake who asks a second time."""
+
+    class Quick(Greedy):
+        def resume(self) -> None:
+            while self.wanted and self.account.allows(self.wanted[0]):
+                self.wanted.pop(0)
+
+    _others = [Greedy(budget) for _ in range(9)]
+    hog = Greedy(budget, LIMIT)
+    quick = [Quick(budget, 200, 3) for _ in range(3)]
+    hog.account.give(LIMIT)
+    await until(lambda: not any(one.wanted for one in quick))
+    assert budget.used == 0
+
+
 async def test_a_connection_that_ends_gives_everything_back(budget: Budget) -> None:
     hog = Greedy(budget, 100, 10)
     late = Greedy(budget, 900)
@@ -142,6 +158,20 @@ async def test_a_peer_that_moves_nothing_loses_its_connection_while_others_wait(
     assert [record.getMessage() for record in caplog.records] == [
         "greedy 450: ended: it left 450 bytes unmoved for 0 s while others waited for memory"
     ]
+
+
+async def test_many_that_move_nothing_within_their_shares_keep_nobody_waiting_for_ever(
+    budget: Budget, hasty: None
+) -> None:
+    now = asyncio.get_running_loop().time()
+    small = [Greedy(budget, size) for size in (90, 80, 85, 70, 90, 90, 90, 90, 90, 90)]
+    for one in small[:4]:
+        one.since = now - 1
+    late = Greedy(budget, 380)
+    late_too = Greedy(budget, 300)
+    await until(lambda: late.account.held == 380)
+    assert [one.ended for one in small] == [True, True, True, False] + [False] * 6  # the largest, and no more
+    assert not late_too.account.held
 
 
 async def test_while_nobody_waits_a_peer_may_take_its_time(budget: Budget, hasty: None) -> None:

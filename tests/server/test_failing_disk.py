@@ -22,7 +22,7 @@ from nbdclone.protocol.wire import (
     ENOSPC,
     EPERM,
 )
-from nbdclone.server import session
+from nbdclone.server import quiet
 from nbdclone.server.errnos import describe, nbd_errno
 from nbdclone.store.pool import Pool
 
@@ -144,10 +144,16 @@ async def test_the_log_tells_of_failures_once_in_a_while(
         for _ in range(20):
             await peer.run(CMD_WRITE, 0, payload=b"x" * 4096)
         assert caplog.text.count("No space left on device") == 1
-        monkeypatch.setattr(session, "LOG_INTERVAL_S", 0.0)
-        [connection] = server._connections
-        assert connection._session is not None
-        connection._session._quiet_until = 0.0
+        for _ in range(5):  # nor do other connections fill it
+            async with await Peer.open(server, "web1") as other:
+                await other.run(CMD_WRITE, 0, payload=b"x" * 4096)
+        assert caplog.text.count("No space left on device") == 1
+        disk.write_error = errno.EIO
+        await peer.run(CMD_WRITE, 0, payload=b"x" * 4096)
+        assert caplog.text.count("Input/output error") == 1  # another thing
+        disk.write_error = errno.ENOSPC
+        monkeypatch.setattr(quiet, "INTERVAL_S", 0.0)
+        server.scratch.quiet._quiet_until.clear()
         for _ in range(3):
             await peer.run(CMD_WRITE, 0, payload=b"x" * 4096)
         assert caplog.text.count("No space left on device") == 4

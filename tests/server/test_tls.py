@@ -449,6 +449,40 @@ async def test_a_client_that_stalls_after_the_tls_handshake_is_dropped_too(
         assert await peer.is_closed()
 
 
+async def test_a_peer_that_has_keys_changed_and_takes_no_answer_is_not_listened_to_for_ever() -> None:
+    """OpenSSL answers each change; Python has no way to ask for one, so a stand-in gives the answers."""
+
+    class Changing:
+        def __init__(self, asked: ssl.MemoryBIO, answers: ssl.MemoryBIO) -> None:
+            self._asked, self._answers = asked, answers
+
+        def pending(self) -> int:
+            return 0
+
+        def read(self, count: int, view: memoryview) -> int:
+            self._asked.read()
+            self._answers.write(bytes(27))
+            raise ssl.SSLWantReadError
+
+    theirs, ours = socket.socketpair()
+    with theirs, ours:
+        theirs.setblocking(False)
+        ours.setblocking(False)
+        secured = TLSSocket(ours, ServerTLS(certificates()), asyncio.get_running_loop())
+        secured._tls = Changing(secured._incoming, secured._outgoing)  # type: ignore[assignment]
+
+        def change_keys(times: int) -> None:
+            for _ in range(times):
+                theirs.send(b"a change of keys")
+                with contextlib.suppress(BlockingIOError):
+                    secured.recv_into(memoryview(bytearray(64)))
+
+        change_keys(100)
+        with pytest.raises(ConnectionResetError):
+            change_keys(20_000)
+        assert secured._outgoing.pending <= tls.MAX_OWN_WORDS + 27
+
+
 @pytest.mark.parametrize("version", [V12, V13])
 async def test_a_record_that_was_tampered_with_ends_that_connection_alone(
     pool: Pool, tmp_path: Path, caplog: pytest.LogCaptureFixture, version: ssl.TLSVersion
