@@ -232,13 +232,24 @@ class Delta:
 
     def _inherit(self) -> None:
         """Take over what a process that was killed had marked and not flushed."""
-        for segment, noted in self._live.inherit():
+        try:
+            for segment, noted in self._live.inherit():
+                if segment * SEGMENT_SIZE < self.size:
+                    self._merge(segment, noted)
+        except BaseException:
+            self._live.close()
+            raise
+
+    def _merge(self, segment: int, noted: bytes) -> None:
+        try:
             state = self._load(segment, nowait=False)
-            known = int.from_bytes(state.bitmap, "big")
-            both = known | int.from_bytes(noted, "big")
-            if both != known:
-                state.bitmap = bytearray(both.to_bytes(BITMAP_SIZE, "big"))
-                self._dirty.add(segment)
+        except CorruptDelta:  # its map is lost: reading it will be refused, and the other segments are as they were
+            return
+        known = int.from_bytes(state.bitmap, "big")
+        both = known | int.from_bytes(noted, "big")
+        if both != known:
+            state.bitmap = bytearray(both.to_bytes(BITMAP_SIZE, "big"))
+            self._dirty.add(segment)
 
     def close(self) -> None:
         """Close the file and let go of the lock. What was not flushed is not made durable."""

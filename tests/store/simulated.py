@@ -451,8 +451,11 @@ class SimulatedFileSystem(FileSystem):
             number += 1
         return max(position, number * SECTOR)
 
-    def keep_in_memory(self, fd: int) -> None:
-        self._in_memory.add(self._open[fd])
+    def keep_in_memory(self, fd: int, *, keep: bool = True) -> None:
+        if keep:
+            self._in_memory.add(self._open[fd])
+        else:
+            self._in_memory.discard(self._open[fd])
 
     def stayed_in_memory(self, fd: int) -> bool:
         return self._open[fd] in self._in_memory

@@ -130,7 +130,7 @@ MUTATIONS = {
         Clone, "_zero_blocks", "clear(delta.fd,", "owners[first] == self._top and clear(delta.fd,"
     ),
     "marks are not noted as they are made": Mutation(Delta, "mark", "self._live.note(", "(lambda *_: None)("),
-    "marks that were inherited are not flushed": Mutation(Delta, "_inherit", "self._dirty.add(segment)", "pass"),
+    "marks that were inherited are not flushed": Mutation(Delta, "_merge", "self._dirty.add(segment)", "pass"),
     "marks are believed after a power cut": Mutation(
         LiveMap, "inherit", " or not self._fs.stayed_in_memory(self._delta_fd)", ""
     ),
