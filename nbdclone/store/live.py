@@ -35,6 +35,8 @@ MAGIC = b"NBDLIVE1"
 HEAD = Struct(">8s16sB16sQ")
 PAGE_SIZE = 4096
 FILE_NAME = "live"
+# There can be no such file here, or no space taken for it: the user may not, or the file system cannot.
+_NOT_HERE = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.EOPNOTSUPP, errno.EINVAL))
 
 
 class LiveMap:
@@ -80,14 +82,14 @@ class LiveMap:
     def reserve(self, segment: int) -> None:
         """Take the space for a segment's page, so that noting its marks meets no full disk.
 
-        Raises OSError (ENOSPC, EDQUOT). Where there can be no such file at all, the clone goes on without.
+        Raises OSError. Where there can be no such file at all, that is logged, and the clone goes on without.
         """
         if self._broken:
             return
         try:
             self._fs.allocate(self._opened(), (segment + 1) * PAGE_SIZE, PAGE_SIZE)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in _NOT_HERE:
                 raise
             self._give_up(error)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from nbdclone.errors import CorruptDelta, StorageError
 from nbdclone.store.check import check_pool
 from nbdclone.store.clone import Clone
-from nbdclone.errors import CorruptDelta, StorageError
 from nbdclone.store.delta import MAP_SLOTS, PAGE_SIZE
 from nbdclone.store.fs import F_GET_RW_HINT, F_SET_RW_HINT, FileSystem
 from nbdclone.store.layer import BLOCK_SIZE, SEGMENT_SIZE
