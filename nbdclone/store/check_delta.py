@@ -202,7 +202,8 @@ class Examination:
                 f"slot {_SLOTS[newest]} (sequence {sequence}) serves, and --repair copies it; where the page rotted "
                 f"after a crash, the blocks of one flush may read from below",
                 at=at,
-                patches=copy,
+                # Zeros first: a copy that a power cut tears must not complete a newer page that another one tore.
+                patches=self._unless_cut(segment, [(places[older], _EMPTY_PAGE)]) + copy,
             )
         elif len(valid) == 2 and valid[0][0] == valid[1][0] and read[0] != read[1]:
             self._add(

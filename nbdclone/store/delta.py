@@ -153,6 +153,7 @@ class _Segment:
     sequence: int
     slot: int
     alone: bool  # the other slot holds nothing valid
+    torn: bool  # no, it holds a page that fails its checksum
     reserved: bool  # both slots have their space: writing the map will not meet a full disk
     noted: bool = False  # there is space in the live map
 
@@ -174,6 +175,7 @@ class Delta:
         self._segments: dict[int, _Segment] = {}
         self._dirty: set[int] = set()
         self._unmirrored: set[int] = set()  # whose other slot is not the same
+        self._torn: set[int] = set()  # whose other slot is to be wiped before it is written
         # True from the start: a process that was killed may have left acknowledged writes that are not durable yet.
         self._unsynced = True
         self._failure: str | None = None
@@ -232,13 +234,24 @@ class Delta:
 
     def _inherit(self) -> None:
         """Take over what a process that was killed had marked and not flushed."""
-        for segment, noted in self._live.inherit():
+        try:
+            for segment, noted in self._live.inherit():
+                if segment * SEGMENT_SIZE < self.size:
+                    self._merge(segment, noted)
+        except BaseException:
+            self._live.close()
+            raise
+
+    def _merge(self, segment: int, noted: bytes) -> None:
+        try:
             state = self._load(segment, nowait=False)
-            known = int.from_bytes(state.bitmap, "big")
-            both = known | int.from_bytes(noted, "big")
-            if both != known:
-                state.bitmap = bytearray(both.to_bytes(BITMAP_SIZE, "big"))
-                self._dirty.add(segment)
+        except CorruptDelta:  # its map is lost: reading it will be refused, and the other segments are as they were
+            return
+        known = int.from_bytes(state.bitmap, "big")
+        both = known | int.from_bytes(noted, "big")
+        if both != known:
+            state.bitmap = bytearray(both.to_bytes(BITMAP_SIZE, "big"))
+            self._dirty.add(segment)
 
     def close(self) -> None:
         """Close the file and let go of the lock. What was not flushed is not made durable."""
@@ -333,9 +346,14 @@ class Delta:
                 self._dirty.clear()
                 self._unsynced = False
             try:
+                wiped = self._wipe()
                 # A power cut before or in this sync: the old map is in force. New blocks read from below, as before;
                 # blocks that were ours already hold, sector by sector, what they held or what was written since.
                 self._sync()
+                for segment in wiped:
+                    self._segments[segment].torn = False
+                with self._lock:
+                    self._torn -= wiped
                 if noted:
                     self._write_pages(noted)
                     # A power cut before or in this sync: for each segment the new page or, if it is missing or torn,
@@ -357,6 +375,20 @@ class Delta:
             logger.error("%s", self._failure)
             self._live.note_failure()
             raise
+
+    def _wipe(self) -> set[int]:
+        """Put zeros over the pages that fail their checksum, for the next sync to cover. Which segments' it was.
+
+        A page that a crash tore has sectors of a newer map, whose blocks have been read from below since. If another
+        page were written over it at once, and torn by the next crash, the newer map could come together after all.
+        Zeros cannot do that: a map only gains bits, so what a torn page has not got of the newer one is not zeros.
+        """
+        with self._lock:
+            torn = set(self._torn)
+        for segment in torn:
+            slot = 1 - self._segments[segment].slot
+            self._fs.pwrite_all(self.fd, _EMPTY_PAGE, segment * SEGMENT_SPAN + MAP_SLOTS[slot])
+        return torn
 
     def _write_pages(self, noted: dict[int, bytes]) -> None:
         for segment, bitmap in noted.items():
@@ -387,7 +419,8 @@ class Delta:
     def _mirror(self, segments: set[int]) -> None:
         for segment in segments:
             state = self._segments.get(segment)
-            if state is None or segment in self._dirty:  # being loaded by another thread; or to be written anyway
+            # Being loaded by another thread; or to be written anyway; or to be wiped first, by the next flush.
+            if state is None or segment in self._dirty or state.torn:
                 continue
             start = segment * SEGMENT_SPAN
             page = read_page(self._fs, self.fd, start + MAP_SLOTS[state.slot], nowait=False)
@@ -407,6 +440,8 @@ class Delta:
 
     def settle_all(self) -> None:
         """Flush, and leave each map page in both slots, durable: what a close does."""
+        if self._torn:
+            self.touched()  # there is something for the flush to do
         self.flush()
         with self._flushing:
             if self._unmirrored:
@@ -426,6 +461,9 @@ class Delta:
             state = self._read_map(segment, nowait)
             # Two threads may have read it at once: one of the results becomes the segment's for both.
             state = self._segments.setdefault(segment, state)
+            if state.torn:
+                with self._lock:
+                    self._torn.add(segment)
         return state
 
     def _read_map(self, segment: int, nowait: bool) -> _Segment:
@@ -442,12 +480,16 @@ class Delta:
                 with self._lock:
                     self._unmirrored.add(segment)
             # A slot of zeros may be a hole: a copy of the file need not have what was reserved.
-            return _Segment(bitmap, sequence, slot, alone=len(valid) == 1, reserved=_EMPTY_PAGE not in pages)
+            alone = len(valid) == 1
+            torn = alone and _EMPTY_PAGE not in pages
+            return _Segment(bitmap, sequence, slot, alone, torn, reserved=_EMPTY_PAGE not in pages)
         # Both slots empty: never written. One empty and one torn: its first write was cut off before it was durable.
         # Neither empty: something that was durable is gone.
         if _EMPTY_PAGE not in pages:
             raise CorruptDelta(str(self.path), f"both copies of the map page of segment {segment} fail their checksum")
-        return _Segment(EMPTY_BITMAP, sequence=0, slot=1, alone=True, reserved=False)
+        slot = 1 if pages[1] == _EMPTY_PAGE else 0
+        torn = pages[1 - slot] != _EMPTY_PAGE
+        return _Segment(EMPTY_BITMAP, sequence=0, slot=slot, alone=True, torn=torn, reserved=False)
 
     def _note_damage(self, segment: int, slot: int) -> None:
         what = f"map page of segment {segment}, slot {'AB'[slot]}"

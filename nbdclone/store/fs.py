@@ -11,11 +11,13 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import shutil
 import stat
 import struct
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,9 @@ FIEMAP_EXTENTS = 256  # asked for at once
 F_GET_RW_HINT = 1024 + 11
 F_SET_RW_HINT = 1024 + 12
 _SEEN_BEFORE = struct.pack("=Q", 1)
+_NOT_SEEN = struct.pack("=Q", 0)
+# Random, and another after each boot (man 4 random).
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -167,10 +172,12 @@ class FileSystem:
                 return missing + stop - offset
         return missing
 
-    def keep_in_memory(self, fd: int) -> None:
-        """Note, where only the kernel's memory has it, that this inode is there, and with it what was written to it."""
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(fd, F_SET_RW_HINT, _SEEN_BEFORE)
+    def keep_in_memory(self, fd: int, *, keep: bool = True) -> None:
+        """Note, where only the kernel's memory has it, that this inode is there, and with it what was written to it.
+
+        ``keep`` False takes the note away. Raises OSError: since Linux 6.9 only the owner of the file may, and root.
+        """
+        fcntl.fcntl(fd, F_SET_RW_HINT, _SEEN_BEFORE if keep else _NOT_SEEN)
 
     def stayed_in_memory(self, fd: int) -> bool:
         """Is that note still there? Not so after an unmount, or when the kernel needed the memory."""
@@ -178,6 +185,10 @@ class FileSystem:
             return fcntl.fcntl(fd, F_GET_RW_HINT, bytes(len(_SEEN_BEFORE))) == _SEEN_BEFORE
         except OSError:
             return False
+
+    def boot_id(self) -> bytes:
+        """16 bytes that no other machine has, nor this one after the next boot."""
+        return _boot_id()
 
     def reflink(self, target_fd: int, source_fd: int) -> bool:
         """Make the target share the source's extents; False where that cannot be done."""
@@ -307,6 +318,14 @@ def seek_extent(fs: FileSystem, fd: int, position: int, whence: int, otherwise: 
         if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
             return otherwise
         raise
+
+
+@functools.cache
+def _boot_id() -> bytes:
+    try:
+        return uuid.UUID(_BOOT_ID.read_text(encoding="ascii").strip()).bytes
+    except (OSError, ValueError):
+        return os.urandom(16)  # no /proc: this process is like no other
 
 
 def lock_holders() -> dict[tuple[int, int], int]:

@@ -13,6 +13,7 @@ error or a power cut.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 from collections.abc import Callable, Iterable
@@ -48,6 +49,7 @@ class File:
     pending: list[Change] = field(default_factory=list)
     allocated: set[int] = field(default_factory=set)  # pages that have their space
     durably_allocated: set[int] = field(default_factory=set)
+    inode: int = field(default_factory=itertools.count(1).__next__)
 
     def read(self, offset: int, length: int) -> bytes:
         length = max(0, min(length, self.size - offset))
@@ -107,6 +109,7 @@ class File:
         after.durable = dict(after.cached)
         after.durable_size = after.size
         filled = {number * SECTOR // PAGE for number, content in after.cached.items() if content != ZEROS}
+        after.inode = self.inode
         after.allocated = self.durably_allocated | filled
         after.durably_allocated = set(after.allocated)
         return after
@@ -451,8 +454,11 @@ class SimulatedFileSystem(FileSystem):
             number += 1
         return max(position, number * SECTOR)
 
-    def keep_in_memory(self, fd: int) -> None:
-        self._in_memory.add(self._open[fd])
+    def keep_in_memory(self, fd: int, *, keep: bool = True) -> None:
+        if keep:
+            self._in_memory.add(self._open[fd])
+        else:
+            self._in_memory.discard(self._open[fd])
 
     def stayed_in_memory(self, fd: int) -> bool:
         return self._open[fd] in self._in_memory
@@ -497,4 +503,4 @@ def _files(directory: Directory) -> Iterable[File]:
 
 def _status(file: File) -> os.stat_result:
     blocks = len(file.allocated) * PAGE // 512
-    return os.stat_result((0o100644, id(file), 1, 1, 0, 0, file.size, 0, 0, 0), {"st_blocks": blocks})
+    return os.stat_result((0o100644, file.inode, 1, 1, 0, 0, file.size, 0, 0, 0), {"st_blocks": blocks})

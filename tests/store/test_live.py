@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from nbdclone.errors import CorruptDelta, StorageError
 from nbdclone.store.check import check_pool
 from nbdclone.store.clone import Clone
-from nbdclone.store.fs import F_SET_RW_HINT, FileSystem
+from nbdclone.store.delta import MAP_SLOTS, PAGE_SIZE
+from nbdclone.store.fs import F_GET_RW_HINT, F_SET_RW_HINT, FileSystem
 from nbdclone.store.layer import BLOCK_SIZE, SEGMENT_SIZE
 from nbdclone.store.pool import Pool
 
 SIZE = SEGMENT_SIZE + (1 << 20)
+BASE = b"base" * (BLOCK_SIZE // 4)
 NEW = b"new!" * (BLOCK_SIZE // 4)
 # The first block, one in the middle and the last of a segment, and one of the next.
 OFFSETS = (0, 10 * BLOCK_SIZE, SEGMENT_SIZE - BLOCK_SIZE, SEGMENT_SIZE)
@@ -131,3 +134,157 @@ def test_check_knows_the_file_and_changes_nothing(pool: Pool) -> None:
     with pool.open_clone("web1") as clone:
         assert has_all(clone)
     assert list(check_pool(pool.path)) == []
+
+
+def with_a_mark(content: bytes, block: int) -> bytes:
+    """A live map that also has this block, of segment 0: one whose data never came here."""
+    changed = bytearray(content)
+    changed[PAGE_SIZE + block // 8] |= 0x80 >> block % 8
+    return bytes(changed)
+
+
+def test_a_file_that_was_copied_here_is_not_believed(pool: Pool) -> None:
+    live = killed(pool)
+    copy = live.with_name("copy")
+    copy.write_bytes(with_a_mark(live.read_bytes(), 100))
+    copy.rename(live)
+    with pool.open_clone("web1") as clone:
+        assert clone.pread(BLOCK_SIZE, 100 * BLOCK_SIZE) == BASE
+
+
+def test_a_file_that_comes_after_a_clean_close_is_not_believed(pool: Pool) -> None:
+    live = killed(pool)
+    content = live.read_bytes()
+    pool.open_clone("web1").close()
+    live.write_bytes(with_a_mark(content, 100))
+    with pool.open_clone("web1") as clone:
+        assert clone.pread(BLOCK_SIZE, 100 * BLOCK_SIZE) == BASE
+
+
+def test_a_clean_close_takes_the_note_from_the_inode(pool: Pool) -> None:
+    killed(pool)
+    pool.open_clone("web1").close()
+    with open(pool.path / "clones" / "web1" / "delta", "rb") as delta:
+        assert fcntl.fcntl(delta.fileno(), F_GET_RW_HINT, bytes(8)) == bytes(8)
+
+
+class OtherMachine(FileSystem):
+    def boot_id(self) -> bytes:
+        return b"another machine."
+
+
+def test_another_machine_that_remembers_the_delta_does_not_believe_the_file(pool: Pool) -> None:
+    """A shared file system: it had the clone open before, and what the first one had in its cache went with it."""
+    live = killed(pool)
+    with Pool.open(pool.path, fs=OtherMachine()).open_clone("web1") as clone:
+        assert has_none(clone)
+    assert not live.exists()
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_lost_map_page_costs_its_segment_alone(pool: Pool) -> None:
+    killed(pool)
+    with open(pool.path / "clones" / "web1" / "delta", "r+b") as delta:
+        for slot in MAP_SLOTS:
+            os.pwrite(delta.fileno(), b"rotten", slot)
+    with pool.open_clone("web1") as clone:
+        with pytest.raises(CorruptDelta):
+            clone.pread(BLOCK_SIZE, 0)
+        assert clone.pread(BLOCK_SIZE, SEGMENT_SIZE) == NEW
+
+
+@pytest.mark.parametrize("stands_there", ["a directory", "a fifo"])
+def test_what_is_no_file_is_named_and_no_descriptor_is_left(pool: Pool, stands_there: str) -> None:
+    live = pool.path / "clones" / "web1" / "live"
+    live.mkdir() if stands_there == "a directory" else os.mkfifo(live)
+    before = open_descriptors()
+    with pytest.raises(StorageError, match="live: cannot be opened"):
+        pool.open_clone("web1")
+    assert open_descriptors() == before
+
+
+def test_an_error_while_it_is_read_leaves_no_descriptor(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed(pool)
+
+    def failing(fd: int, position: int, whence: int) -> int:
+        raise OSError(errno.EIO, "the disk does not answer")
+
+    monkeypatch.setattr(FileSystem, "lseek", staticmethod(failing))
+    before = open_descriptors()
+    with pytest.raises(OSError, match="does not answer"):
+        pool.open_clone("web1")
+    assert open_descriptors() == before
+
+
+def test_marks_beyond_the_end_of_the_disk_mean_nothing(pool: Pool) -> None:
+    live = killed(pool)
+    delta = pool.path / "clones" / "web1" / "delta"
+    size = delta.stat().st_size
+    with open(live, "r+b") as file:
+        os.pwrite(file.fileno(), b"\xff", 6 * PAGE_SIZE)
+    with pool.open_clone("web1") as clone:
+        assert has_all(clone)
+    assert delta.stat().st_size == size
+
+
+class NoHoles(FileSystem):
+    def lseek(self, fd: int, position: int, whence: int) -> int:  # type: ignore[override]
+        raise OSError(errno.EINVAL, "this file system knows no holes")
+
+
+def test_where_holes_are_not_told_all_of_it_is_read(pool: Pool) -> None:
+    killed(pool)
+    with Pool.open(pool.path, fs=NoHoles()).open_clone("web1") as clone:
+        assert has_all(clone)
+
+
+class NoFile(FileSystem):
+    """The directory of the clone belongs to somebody else."""
+
+    def open(self, path: str | Path, flags: int, mode: int = 0o777) -> int:  # type: ignore[override]
+        if str(path).endswith("live") and flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, "not yours")
+        return os.open(path, flags, mode)
+
+
+class NoNote(FileSystem):
+    """The delta belongs to somebody else."""
+
+    def keep_in_memory(self, fd: int, *, keep: bool = True) -> None:
+        raise PermissionError(errno.EPERM, "not yours")
+
+
+@pytest.mark.parametrize("fs", [NoFile(), NoNote()])
+def test_where_nothing_can_be_noted_the_clone_goes_on_and_the_log_says_so(
+    pool: Pool, fs: FileSystem, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Pool.open(pool.path, fs=fs).open_clone("web1") as clone:
+        for offset in OFFSETS:
+            clone.pwrite(NEW, offset)
+    assert [record.getMessage().endswith("a kill would take what is not flushed") for record in caplog.records] == [
+        True
+    ]
+    with pool.open_clone("web1") as clone:
+        assert clone.pread(BLOCK_SIZE, 0) == NEW
+
+
+class NotesFail(FailingSync):
+    def pwrite_all(self, fd: int, data: bytes, offset: int) -> None:
+        if len(data) == 1:  # a mark: one byte of a map
+            raise OSError(errno.EIO, "the disk does not answer")
+        super().pwrite_all(fd, data, offset)
+
+
+def test_a_failed_sync_is_noted_also_when_marks_could_not_be(pool: Pool) -> None:
+    clone = Pool.open(pool.path, fs=NotesFail()).open_clone("web1")
+    clone.pwrite(NEW, 0)
+    live = pool.path / "clones" / "web1" / "live"
+    assert not live.exists()
+    with pytest.raises(OSError, match="does not answer"):
+        clone.flush()
+    assert live.read_bytes()[24] == 1
+    with contextlib.suppress(Exception):
+        clone.close()

@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import pytest
 from mutation import mutate
-from powercut import Campaign, LawBroken, open_clone, simulated_disk
+from powercut import DELTA_PATH, Campaign, LawBroken, open_clone, simulated_disk
+from simulated import SECTOR
 
 from nbdclone.store.clone import Clone
-from nbdclone.store.delta import Delta
-from nbdclone.store.layer import BLOCK_SIZE
+from nbdclone.store.delta import MAP_SLOTS, METADATA_SIZE, Delta, encode_map_page
+from nbdclone.store.layer import BITMAP_SIZE, BLOCK_SIZE, SEGMENT_SIZE
 from nbdclone.store.live import LiveMap
 
 
@@ -62,7 +63,7 @@ class Mutation(NamedTuple):
 
 
 FIRST_SYNC = """                self._sync()
-                if noted:
+                for segment in wiped:
 """
 SECOND_SYNC = """which an earlier sync made durable. Both point only at data that is.
                     self._sync()
@@ -71,12 +72,13 @@ STORED = """so when it failed: in blocks that were ours already, some of it may 
             delta.touched()
 """
 MUTATIONS = {
-    "the data sync is left out": Mutation(Delta, "flush", FIRST_SYNC, "                if noted:\n"),
+    "the data sync is left out": Mutation(Delta, "flush", FIRST_SYNC, "                for segment in wiped:\n"),
     "the map is written before the data sync": Mutation(
         Delta,
         "flush",
         FIRST_SYNC,
-        "                self._write_pages(noted)\n                self._sync()\n                if noted:\n",
+        "                self._write_pages(noted)\n                self._sync()\n"
+        "                for segment in wiped:\n",
     ),
     "the map is noted after the data sync": Mutation(
         Delta,
@@ -84,7 +86,7 @@ MUTATIONS = {
         FIRST_SYNC,
         "                self._sync()\n"
         "                noted = {segment: bytes(self._segments[segment].bitmap) for segment in noted}\n"
-        "                if noted:\n",
+        "                for segment in wiped:\n",
     ),
     "the second sync is left out": Mutation(Delta, "flush", SECOND_SYNC, "\n"),
     "the copies are made before the second sync": Mutation(
@@ -130,7 +132,7 @@ MUTATIONS = {
         Clone, "_zero_blocks", "clear(delta.fd,", "owners[first] == self._top and clear(delta.fd,"
     ),
     "marks are not noted as they are made": Mutation(Delta, "mark", "self._live.note(", "(lambda *_: None)("),
-    "marks that were inherited are not flushed": Mutation(Delta, "_inherit", "self._dirty.add(segment)", "pass"),
+    "marks that were inherited are not flushed": Mutation(Delta, "_merge", "self._dirty.add(segment)", "pass"),
     "marks are believed after a power cut": Mutation(
         LiveMap, "inherit", " or not self._fs.stayed_in_memory(self._delta_fd)", ""
     ),
@@ -181,3 +183,59 @@ def test_it_is_noticed_if_a_hole_is_marked_before_it_is_made(monkeypatch: pytest
     mutate(monkeypatch, Clone, "_zero_blocks", made, "                self._take(segment, first, end)\n" + made)
     with pytest.raises(LawBroken):
         zero_over_bytes_that_a_crash_left()
+
+
+def test_a_page_that_two_power_cuts_tore_does_not_come_together() -> None:
+    """The first tore the newest map, and its block was read from below since; the second tears what replaces it."""
+    fs = simulated_disk()
+    older, newest, torn = (
+        encode_map_page(0, sequence, b"I" * 16, bitmap.ljust(BITMAP_SIZE - 1, b"\0") + end)
+        for sequence, bitmap, end in ((1, b"\x80", b"\0"), (2, b"\x80", b"\1"), (3, b"\xc0", b"\1"))
+    )
+    fd = fs.open(DELTA_PATH, 0)
+    fs.pwrite(fd, b"what nobody flushed".ljust(BLOCK_SIZE), METADATA_SIZE + BLOCK_SIZE)
+    fs.pwrite(fd, newest, MAP_SLOTS[1])
+    fs.pwrite(fd, torn[:SECTOR] + older[SECTOR:], MAP_SLOTS[0])
+    fs.close(fd)
+    fs.tree.make_durable()
+    rng = random.Random(0)
+    clone = open_clone(fs)
+    expected = clone.pread(BLOCK_SIZE, BLOCK_SIZE)
+
+    def look(what: str) -> None:
+        for _ in range(100):
+            assert open_clone(fs.crash(rng)).pread(BLOCK_SIZE, BLOCK_SIZE) == expected
+
+    fs.on_step = look
+    clone.flush()
+    clone.pwrite(b"new!", 0)
+    clone.flush()
+    look("at the end")
+    clone.close()
+    look("when it is closed")
+
+
+@pytest.mark.parametrize("kept", [0, 1], ids=["the first slot", "the second slot"])
+def test_a_first_page_that_two_power_cuts_tore_does_not_come_together(kept: int) -> None:
+    fs = simulated_disk()
+    torn = encode_map_page(0, 1, b"I" * 16, b"\xc0".ljust(BITMAP_SIZE - 1, b"\0") + b"\1")
+    fd = fs.open(DELTA_PATH, 0)
+    fs.pwrite(fd, b"what nobody flushed".ljust(BLOCK_SIZE), METADATA_SIZE + BLOCK_SIZE)
+    fs.pwrite(fd, torn[:SECTOR], MAP_SLOTS[kept])
+    fs.close(fd)
+    fs.tree.make_durable()
+    rng = random.Random(0)
+    clone = open_clone(fs)
+    expected = clone.pread(BLOCK_SIZE, BLOCK_SIZE)
+
+    def look(what: str) -> None:
+        for _ in range(100):
+            assert open_clone(fs.crash(rng)).pread(BLOCK_SIZE, BLOCK_SIZE) == expected
+
+    fs.on_step = look
+    clone.pwrite(b"new!", SEGMENT_SIZE - BLOCK_SIZE)
+    clone.flush()
+    clone.pwrite(b"new!", 0)
+    clone.flush()
+    clone.close()
+    look("when it is closed")
