@@ -36,7 +36,7 @@ from integration.guest.power_writer import (
     data,
 )
 from integration.guest.python import python
-from integration.guest.qemu import guest
+from integration.guest.qemu import NETWORK, guest
 from integration.packages import program, require
 from integration.served import REPOSITORY
 from integration.write_log import FLUSH, Cuts, Entry, read_log
@@ -44,8 +44,10 @@ from nbdclone.store.fs import FileSystem
 from nbdclone.store.pool import Pool
 
 ACKNOWLEDGEMENTS = int(os.environ.get("POWER_ACKNOWLEDGEMENTS", "60"))
-CUTS = int(os.environ.get("POWER_CUTS", "20"))
-SEED = 31
+CUTS = int(os.environ.get("POWER_CUTS", "60"))
+SEED = int(os.environ.get("POWER_SEED", "31"))
+FILE_SYSTEM_BLOCKS = os.environ.get("POWER_FILE_SYSTEM_BLOCKS", "4096").split()  # bytes: what mke2fs -b takes
+WITHIN_A_FLUSH = 25  # entries of the log: about as many come between a flush's request and its mark
 BOOT_S = 60  # at most, on a busy machine
 SECONDS_FOR_ONE = 5  # acknowledgement, or cut
 
@@ -137,8 +139,8 @@ class Story:
     history: list[str]
 
 
-@pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+@pytest.fixture(scope="module", params=FILE_SYSTEM_BLOCKS)
+def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Story:
     require("busybox-static", "e2fsprogs", "nbd-client", "qemu-system-x86", "seabios")
     directory = tmp_path_factory.mktemp("power")
     linux = kernel()
@@ -147,20 +149,28 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     for file in (disk, rehearsed, log):
         file.touch()
     os.truncate(disk, DISK_SIZE)
-    run("mke2fs", "-q", "-t", "ext4", "-J", "size=4", disk, f"{MARKS // 1024}k")
+    run("mke2fs", "-q", "-t", "ext4", "-b", request.param, "-J", "size=4", disk, f"{MARKS // 1024}k")
     before = disk.read_bytes()
-    snake = python(PROGRAM, directory / "pool", image, rehearsed, "6", str(SEED), path=REPOSITORY)
-    script = SCRIPT.format(command=snake.command, acknowledgements=ACKNOWLEDGEMENTS, seed=SEED)
-    files = {**snake.files, "image": image.read_bytes()}
+    writer = python(PROGRAM, directory / "pool", image, rehearsed, "6", str(SEED), path=REPOSITORY)
+    script = SCRIPT.format(command=writer.command, acknowledgements=ACKNOWLEDGEMENTS, seed=SEED)
+    files = {**writer.files, "image": image.read_bytes()}
     initramfs = write_initramfs(directory / "initramfs", linux, script, files, modules=("virtio_blk",))
     logged = (
         f"driver=blklogwrites,node-name=disk,file.driver=file,file.filename={disk},file.cache.no-flush=on,"
         f"log.driver=file,log.filename={log},log.cache.no-flush=on"
     )
-    options = (*linux.boots(initramfs), "-m", "1024", "-blockdev", logged, "-device", "virtio-blk-pci,drive=disk")
+    options = (
+        *linux.boots(initramfs),
+        "-m",
+        "1024",
+        *NETWORK,
+        "-blockdev",
+        logged,
+        "-device",
+        "virtio-blk-pci,drive=disk",
+    )
     with guest(*options, console=directory / "console.txt") as machine:
         machine.wait_until_off(BOOT_S + SECONDS_FOR_ONE * ACKNOWLEDGEMENTS)
-        print(machine.said()[-2000:])
     entries = read_log(log)
     marks = [(at, int.from_bytes(entry.data[len(MARK) :][:4])) for at, entry in enumerate(entries) if is_mark(entry)]
     end = next(at for at, entry in enumerate(entries) if entry.offset >= HISTORY)
@@ -180,16 +190,20 @@ def run(*command: str | Path, fine: tuple[int, ...] = (0,)) -> None:
 def choose(story: Story, rng: random.Random) -> list[tuple[int, float]]:
     """Where to cut, and which part of what was not flushed is kept. None before the first mark: there is no clone yet.
 
-    Half of the cuts are right after a mark, mostly with nothing that was not flushed: an acknowledgement that came too
-    early shows there.
+    Right after a mark, mostly with nothing that was not flushed: an acknowledgement that came too early shows there.
+    A little before one, so within a flush: there the order in it shows. And anywhere.
     """
     first = story.marks[0][0] + 1
     chosen = []
     for _ in range(CUTS):
-        if rng.random() < 0.5:
-            chosen.append((rng.choice(story.marks)[0] + 1, rng.choice([0, 0, 0, 0.5])))
+        mark, _ = rng.choice(story.marks)
+        where = rng.random()
+        if where < 0.3:
+            chosen.append((mark + 1, rng.choice([0, 0, 0, 0.5])))
+        elif where < 0.7:
+            chosen.append((max(mark - rng.randrange(WITHIN_A_FLUSH), first), rng.choice([0.1, 0.5, 0.5, 0.9])))
         else:
-            chosen.append((rng.randrange(first, len(story.entries) + 1), rng.choice([0.1, 0.5, 0.5, 0.9, 1])))
+            chosen.append((rng.randrange(first, len(story.entries) + 1), rng.choice([0.1, 0.5, 0.9, 1])))
     return sorted(chosen)
 
 
@@ -197,7 +211,7 @@ def recovered(disk: bytearray, directory: Path) -> bytes:
     """What the clone holds after the file system has been put right."""
     torn, found = directory / "torn", directory / "found"
     torn.write_bytes(disk[:MARKS])
-    found.mkdir(parents=True)
+    found.mkdir()
     run("e2fsck", "-fy", torn, fine=(0, 1))
     run("debugfs", "-R", f"rdump /pool {found}", torn)
     pool = Pool.open(found / "pool", fs=Unsynced())

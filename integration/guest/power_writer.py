@@ -40,6 +40,9 @@ SESSIONS = 3  # the server is stopped and started in between
 WRITERS = 3
 SHARED = 1024  # sectors at the beginning, where the writers' places alternate within blocks
 PLACE = 5  # sectors of such a place
+# Which part of the requests flush, or have FUA: so few that the kernel writes much by itself in between.
+FLUSHES = 0.03
+FUA = 0.01
 SECTORS = sum(length for _, length in WINDOWS) // SECTOR  # numbered without a gap
 
 
@@ -82,6 +85,10 @@ class Writers:
         self._latest = 1
         self._marks = 0
 
+    async def made(self) -> None:
+        """The pool and the clone are there, and are so after a power cut."""
+        await self._mark("flushed", self._send("flush"))
+
     async def session(self, pool: Pool) -> None:
         """Start a server, write through it, and stop it."""
         last = self._marks + self._session
@@ -98,7 +105,7 @@ class Writers:
         rng = random.Random(self._rng.random())
         while self._marks < last:
             chance = rng.random()
-            if chance < 0.1:
+            if chance < FLUSHES:
                 sent = self._send("flush")
                 await client.flush()
                 await self._mark("flushed", sent)
@@ -108,7 +115,7 @@ class Writers:
             if rng.random() < 0.25:  # not whole sectors
                 position += rng.randrange(SECTOR)
                 length = max(length - SECTOR - rng.randrange(SECTOR), 1)
-            fua = rng.random() < 0.03
+            fua = rng.random() < FUA
             self._latest += 1
             sent = self._send("zero" if chance < 0.3 else "write", self._latest, position, length)
             if chance < 0.2:
@@ -161,6 +168,7 @@ def main(pool_path: str, image: str, device_path: str, acknowledgements: str, se
     pool.import_base(Path(image), "base")
     pool.create_clones("base", ["clone"], size=SIZE)
     writers = Writers(device, random.Random(int(seed)), int(acknowledgements))
+    asyncio.run(writers.made())
     for _ in range(SESSIONS):
         asyncio.run(writers.session(pool))
     text = "\n".join(writers.history).encode()
