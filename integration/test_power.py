@@ -16,7 +16,7 @@ import random
 import shutil
 import subprocess
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -236,3 +236,13 @@ def test_after_a_power_cut_what_was_flushed_is_there_and_the_rest_is_old_or_new(
     print(f"{CUTS} cuts in {len(story.entries)} writes and {flushes} flushes of the disk")
     requests = Counter(line.split()[0] for line in story.history)
     print(f"{len(story.marks)} acknowledgements under {requests['write']} writes, {requests['zero']} trims and zeroes")
+
+
+def test_a_disk_that_ignores_flushes_is_noticed(story: Story, tmp_path: Path) -> None:
+    made, last = story.marks[0][0], story.marks[-1][0]
+    ignored = [replace(entry, flags=0) if at > made else entry for at, entry in enumerate(story.entries)]
+    ledger = Ledger(story.history)
+    for _, mark in story.marks:
+        ledger.prove(mark)
+    disk = Cuts(story.before, ignored).after(last + 1, random.Random(SEED), 0)
+    assert ledger.wrong_sectors(recovered(disk, tmp_path))
