@@ -7,8 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FUZZ_SECONDS ?= 180
+KILLS ?= 300
 
-.PHONY: help demo test packages lint types unit integration bench powercut flips traces fuzz format clean
+.PHONY: help demo test packages lint types unit integration bench powercut powerlog kills flips traces fuzz format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p; s/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -52,6 +53,13 @@ bench: $(STAMP) ## nbdclone beside other servers; docs/benchmarks.md says how to
 powercut: $(STAMP) ## a longer campaign of simulated power cuts; docs/durability.md and check.md have the counts
 	POWERCUT_CAMPAIGNS=900 POOL_STATES_PER_STEP=300 CHECK_CAMPAIGNS=30 $(BIN)/pytest -rP --timeout 3600 \
 		tests/store/test_powercut.py tests/store/test_atomic.py tests/store/test_check_powercut.py
+
+powerlog: $(STAMP) ## the same in a guest's ext4, from the log of its disk; docs/durability.md has the counts
+	POWER_CUTS=300 POWER_ACKNOWLEDGEMENTS=400 POWER_FILE_SYSTEM_BLOCKS="4096 1024" $(BIN)/pytest -rP \
+		integration/test_power.py
+
+kills: $(STAMP) ## a server killed KILLS times under writing clients; docs/durability.md has what it gave
+	KILLS=$(KILLS) $(BIN)/pytest -rP integration/test_kill.py
 
 traces: $(STAMP) ## a longer trace of mixed requests; docs/protocol.md has what it gave
 	TRACE_BYTES=3300000000 $(BIN)/pytest -rP --timeout 3600 tests/traps/test_traces.py

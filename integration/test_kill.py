@@ -1,14 +1,20 @@
-"""A server that is killed again and again while clients write: what was flushed is there, the rest is old or new.
+"""A server that is killed again and again while clients write: all that was acknowledged is there, the rest old or new.
 
 SIGKILL is no power cut: the kernel keeps what was written. What is lost is everything that the server knew and had not
-written, which is what this is about; power cuts are simulated in the tests of the store.
+written, which is what this is about. Power cuts are in test_power.py, and simulated in the tests of the store.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,70 +22,77 @@ import pytest
 from integration.served import Served, make_pool, served, sha256_of_file
 from nbdclone.client import Client
 from nbdclone.errors import NBDCloneError
+from nbdclone.store.layer import SEGMENT_SIZE
 from nbdclone.store.pool import Pool
 
-pytestmark = pytest.mark.timeout(120)
-
+KILLS = int(os.environ.get("KILLS", "25"))
+SECONDS_FOR_A_KILL = 5  # at most, on a busy machine
 SEED = 20
-ROUNDS = 25
 LONGEST_ROUND_S = 0.15
+LONGEST_STOP_S = 0.1  # from the request to stop until the kill: a server that has written little is gone by then
+CLONES = ("one", "two")
+CONNECTIONS = 2  # to each clone
+WRITERS = 3  # of each clone; some share a connection
 SECTOR = 512
+ZEROS = bytes(SECTOR)
+
+# A writer has one request in flight and sectors of its own, which are numbered without a gap and lie in two windows: at
+# the beginning of the disk, and around the border of its segments.
 SECTORS = 4096
+FIRST_WINDOW = 2048
+SECOND_WINDOW_AT = SEGMENT_SIZE - 700 * SECTOR
+SIZE = SECOND_WINDOW_AT + (SECTORS - FIRST_WINDOW) * SECTOR
 SHARED = 1024  # sectors at the beginning, where the writers' places alternate within blocks
 PLACE = 5  # sectors of such a place
-WRITERS = 3
-ZEROS = 0
+
+pytestmark = pytest.mark.timeout(60 + KILLS * SECONDS_FOR_A_KILL)
 
 
 def content(sector: int, version: int) -> bytes:
     """What a sector holds that was written as this version of it: both can be told from it. The base's is 1."""
-    return bytes(SECTOR) if version == ZEROS else (sector.to_bytes(8) + version.to_bytes(8)) * (SECTOR // 16)
+    return (sector.to_bytes(8) + version.to_bytes(8)) * (SECTOR // 16)
+
+
+def on_disk(position: int) -> int:
+    """Where on the disk a byte of the numbered sectors is."""
+    return position if position < FIRST_WINDOW * SECTOR else position - FIRST_WINDOW * SECTOR + SECOND_WINDOW_AT
 
 
 class Model:
-    """The versions that each sector may show. A sector has one writer, who has one request in flight."""
+    """What each sector of a clone may hold: what was acknowledged last and, after it, what was sent since."""
 
     def __init__(self) -> None:
         self.latest = 1
-        self.versions: list[list[int]] = [[1] for _ in range(SECTORS)]  # all since the last crash, oldest first
-        self.acknowledged = [1] * SECTORS  # how many of them
-        self.durable = [0] * SECTORS  # the newest that is known to be, as an index
+        self._possible = [[content(sector, 1)] for sector in range(SECTORS)]
 
-    def begin(self, first: int, count: int, *, zeros: bool) -> int:
+    def begin(self, position: int, data: bytes) -> range:
+        """A write of bytes is sent: the sectors that it is about, each of which may be changed from now on."""
         self.latest += 1
-        version = ZEROS if zeros else self.latest
-        for sector in range(first, first + count):
-            self.versions[sector].append(version)
-        return version
+        sectors = range(position // SECTOR, -(-(position + len(data)) // SECTOR))
+        whole = bytearray(b"".join(self._possible[sector][-1] for sector in sectors))
+        lead = position % SECTOR
+        whole[lead : lead + len(data)] = data
+        for at, sector in enumerate(sectors):
+            self._possible[sector].append(bytes(whole[at * SECTOR : (at + 1) * SECTOR]))
+        return sectors
 
-    def acknowledge(self, first: int, count: int, *, durable: bool) -> None:
-        for sector in range(first, first + count):
-            self.acknowledged[sector] = len(self.versions[sector])
-            if durable:
-                self.durable[sector] = len(self.versions[sector]) - 1
+    def acknowledge(self, sectors: range) -> None:
+        for sector in sectors:
+            del self._possible[sector][:-1]
 
-    def flushed(self, acknowledged: list[int]) -> None:
-        """A flush has ended that began when so many versions were acknowledged."""
-        self.durable = [max(old, count - 1) for old, count in zip(self.durable, acknowledged, strict=True)]
-
-    def wrong_sectors(self, data: bytes, *, crashed: bool) -> list[tuple[int, list[int], bytes]]:
-        """The sectors whose content cannot be, with what it could have been. What they hold now is where they go on."""
+    def wrong_sectors(self, data: bytes) -> list[tuple[int, list[bytes], bytes]]:
+        """The sectors that hold what they cannot, with what they could. What each holds now is where it goes on."""
         wrong = []
-        for sector in range(SECTORS):
+        for sector, possible in enumerate(self._possible):
             found = data[sector * SECTOR : (sector + 1) * SECTOR]
-            oldest = self.durable[sector] if crashed else self.acknowledged[sector] - 1
-            possible = self.versions[sector][oldest:]
-            shown = [version for version in possible if content(sector, version) == found]
-            if not shown:
-                wrong.append((sector, possible, found[:16]))
-            self.versions[sector] = shown[-1:] or [1]
-        self.acknowledged = [1] * SECTORS
-        self.durable = [0] * SECTORS
+            if found not in possible:
+                wrong.append((sector, [each[:16] for each in possible], found[:16]))
+            self._possible[sector] = [found]
         return wrong
 
 
 def place(rng: random.Random, writer: int) -> tuple[int, int]:
-    """Some of the writer's own sectors: (first, count)."""
+    """Some of the writer's own sectors, all in one window: (first, count)."""
     if rng.random() < 0.6:
         place = rng.randrange(SHARED // PLACE // WRITERS) * WRITERS + writer
         start, size = place * PLACE, PLACE
@@ -91,69 +104,119 @@ def place(rng: random.Random, writer: int) -> tuple[int, int]:
     return start + first, min(count, size - first)
 
 
-async def write(client: Client, model: Model, rng: random.Random, writer: int) -> None:
-    """Write, zero and flush until the server dies."""
+async def write(client: Client, model: Model, rng: random.Random, writer: int, done: Counter[str]) -> None:
+    """Write, zero, trim and flush until the server dies."""
     while True:
         chance = rng.random()
         if chance < 0.1:
-            acknowledged = list(model.acknowledged)
             await client.flush()
-            model.flushed(acknowledged)
+            done["flushes"] += 1
             continue
         first, count = place(rng, writer)
+        position, length = first * SECTOR, count * SECTOR
+        if rng.random() < 0.25:  # not whole sectors
+            position += rng.randrange(SECTOR)
+            length = max(length - SECTOR - rng.randrange(SECTOR), 1)
+        offset = on_disk(position)
         fua = rng.random() < 0.05
-        version = model.begin(first, count, zeros=chance < 0.3)
-        if chance < 0.2:
-            await client.trim(count * SECTOR, first * SECTOR, fua=fua)
-        elif chance < 0.3:
-            await client.zero(count * SECTOR, first * SECTOR, fua=fua, no_hole=rng.random() < 0.3)
+        if chance < 0.3:
+            sectors = model.begin(position, bytes(length))
+            if chance < 0.2:
+                await client.trim(length, offset, fua=fua)
+            else:
+                await client.zero(length, offset, fua=fua, no_hole=rng.random() < 0.3)
         else:
-            data = b"".join(content(sector, version) for sector in range(first, first + count))
-            await client.pwrite(data, first * SECTOR, fua=fua)
-        model.acknowledge(first, count, durable=fua)
+            data = b"".join(content(sector, model.latest + 1) for sector in range(first, first + count + 1))
+            data = data[position % SECTOR :][:length]
+            sectors = model.begin(position, data)
+            await client.pwrite(data, offset, fua=fua)
+        model.acknowledge(sectors)
+        done["trims" if chance < 0.2 else "zeroes" if chance < 0.3 else "writes"] += 1
 
 
-async def write_until(uri: str, model: Model, rng: random.Random, seconds: float, end: object) -> None:
-    """Have all writers at work for a while, then ``end`` the server under them."""
+async def write_until(
+    server: Served, models: dict[str, Model], rng: random.Random, end: Callable[[], None]
+) -> Counter[str]:
+    """Have the writers of all clones at work for a while, then ``end`` the server under them. What they got done."""
+    done: Counter[str] = Counter()
 
-    async def run(writer: int) -> None:
+    async def run(client: Client, model: Model, writer: int, seed: float) -> None:
         with contextlib.suppress(NBDCloneError):
-            async with await Client.connect(uri) as client:
-                await write(client, model, random.Random(rng.random()), writer)
+            await write(client, model, random.Random(seed), writer, done)
 
-    writers = [asyncio.create_task(run(writer)) for writer in range(WRITERS)]
-    await asyncio.sleep(seconds)
-    assert callable(end)
-    end()
-    await asyncio.gather(*writers)
+    async with contextlib.AsyncExitStack() as connected:
+        writers = []
+        for clone, model in models.items():
+            clients = [await connected.enter_async_context(await connect(server, clone)) for _ in range(CONNECTIONS)]
+            for writer in range(WRITERS):
+                writers.append(asyncio.create_task(run(clients[writer % CONNECTIONS], model, writer, rng.random())))
+        await asyncio.sleep(rng.random() * LONGEST_ROUND_S)
+        await asyncio.to_thread(end)
+        await asyncio.gather(*writers)
+    return done
 
 
-def test_after_every_kill_what_was_flushed_is_there_and_the_rest_is_old_or_new(tmp_path: Path) -> None:
+async def connect(server: Served, clone: str) -> Client:
+    return await Client.connect(server.uri(clone))
+
+
+def windows() -> Iterator[tuple[int, int]]:
+    """Where on the disk the numbered sectors are: (length, offset) in bytes."""
+    yield FIRST_WINDOW * SECTOR, 0
+    yield (SECTORS - FIRST_WINDOW) * SECTOR, SECOND_WINDOW_AT
+
+
+async def read(server: Served, clone: str) -> bytes:
+    async with await connect(server, clone) as client:
+        return b"".join([await client.pread(length, offset) for length, offset in windows()])
+
+
+def make_image(image: Path) -> Path:
+    data = b"".join(content(sector, 1) for sector in range(SECTORS))
+    with open(image, "wb") as file:
+        for length, offset in windows():
+            file.seek(offset)
+            file.write(data[:length])
+            data = data[length:]
+    return image
+
+
+def require_acknowledged(server: Served, models: dict[str, Model], after: str) -> None:
+    for clone, model in models.items():
+        wrong = model.wrong_sectors(asyncio.run(read(server, clone)))
+        assert not wrong, f"{clone}, after {after}: {wrong[:5]} and {len(wrong)} in all"
+
+
+def kill_while_stopping(server: Served, seconds: float) -> None:
+    """Tell it to stop, and do not wait until it has."""
+    os.kill(server.pid, signal.SIGTERM)
+    time.sleep(seconds)
+    server.kill()
+
+
+def test_after_every_kill_what_was_acknowledged_is_there_and_the_rest_is_old_or_new(tmp_path: Path) -> None:
     rng = random.Random(SEED)
-    image = tmp_path / "image.raw"
-    image.write_bytes(b"".join(content(sector, 1) for sector in range(SECTORS)))
-    pool = make_pool(tmp_path / "pool", image, "clone")
-    model = Model()
+    image = make_image(tmp_path / "image.raw")
+    pool = make_pool(tmp_path / "pool", image, *CLONES)
+    models = {clone: Model() for clone in CLONES}
+    done: Counter[str] = Counter()
 
-    async def read(uri: str) -> bytes:
-        async with await Client.connect(uri) as client:
-            return await client.pread(SECTORS * SECTOR, 0)
-
-    for round_number in range(ROUNDS):
+    for kill in range(KILLS):
         with served(pool) as server:
-            uri = server.uri("clone")
-            wrong = model.wrong_sectors(asyncio.run(read(uri)), crashed=True)
-            assert not wrong, f"after round {round_number}: {wrong[:5]} and {len(wrong)} in all"
-            asyncio.run(write_until(uri, model, rng, rng.random() * LONGEST_ROUND_S, server.kill))
-    assert model.latest > 10 * ROUNDS, "hardly anything was written"
+            require_acknowledged(server, models, f"{kill} kills")
+            stopping = partial(kill_while_stopping, server, rng.random() * LONGEST_STOP_S)
+            end = stopping if rng.random() < 0.2 else server.kill
+            done += asyncio.run(write_until(server, models, rng, end))
+    print(f"{KILLS} kills under {', '.join(f'{count} {what}' for what, count in done.items())}")
+    assert all(done[what] > KILLS for what in ("writes", "trims", "zeroes", "flushes")), "hardly anything was written"
 
     # And at last one that is told to stop: it has flushed what it had acknowledged.
     with served(pool) as server:
-        uri = server.uri("clone")
-        assert model.wrong_sectors(asyncio.run(read(uri)), crashed=True) == []
-        asyncio.run(write_until(uri, model, rng, LONGEST_ROUND_S, server.stop))
-    with Pool.open(pool).open_clone("clone") as clone:
-        assert model.wrong_sectors(clone.pread(SECTORS * SECTOR, 0), crashed=False) == []
+        require_acknowledged(server, models, "the last kill")
+        asyncio.run(write_until(server, models, rng, server.stop))
+    for name, model in models.items():
+        with Pool.open(pool).open_clone(name) as clone:
+            assert model.wrong_sectors(b"".join(clone.pread(length, offset) for length, offset in windows())) == []
     assert sha256_of_file(pool / "bases" / "base" / "image") == sha256_of_file(image)
 
 

@@ -41,7 +41,7 @@ def write_initramfs(
     for name in (*PROGRAMS, *programs):
         executable = Path(program(name))
         archive.file(f"bin/{name}", executable.read_bytes())
-        for library in _libraries(executable):
+        for library in libraries(executable):
             archive.file(str(library).lstrip("/"), library.read_bytes())
     archive.file("etc/mke2fs.conf", Path("/etc/mke2fs.conf").read_bytes())
     order = kernel.load_order(*MODULES, *modules)
@@ -52,7 +52,7 @@ def write_initramfs(
     return path
 
 
-def _libraries(executable: Path) -> list[Path]:
+def libraries(executable: Path) -> list[Path]:
     """The shared libraries and the loader that a program needs: none when it is static."""
     ldd = subprocess.run(["ldd", str(executable)], check=False, capture_output=True, text=True, timeout=30)
     return [Path(found) for found in re.findall(r"(/\S+) \(0x", ldd.stdout)]
