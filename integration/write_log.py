@@ -51,10 +51,14 @@ def read_log(path: Path) -> list[Entry]:
 
 
 class Cuts:
-    """The disk after a power cut at any entry, the cuts in ascending order."""
+    """The disk after a power cut at any entry, the cuts in ascending order.
 
-    def __init__(self, disk: bytes, entries: list[Entry]) -> None:
+    A write that has to do with ``untorn``, a range of bytes, is there as a whole or not at all.
+    """
+
+    def __init__(self, disk: bytes, entries: list[Entry], untorn: range) -> None:
         self._entries = entries
+        self._untorn = untorn
         self._durable = bytearray(disk)
         self._covered = 0  # this many entries are in it
 
@@ -74,18 +78,18 @@ class Cuts:
             if entry.flags & FUA:
                 _apply(disk, entry.offset, entry.data)
             elif rng.random() < kept:
-                for offset, data in _torn(entry, rng):
+                for offset, data in self._torn(entry, rng):
                     _apply(disk, offset, data)
         return disk
 
-
-def _torn(entry: Entry, rng: random.Random) -> Iterator[tuple[int, bytes]]:
-    if rng.random() < 0.7:
-        yield entry.offset, entry.data
-        return
-    for at in range(0, len(entry.data), SECTOR):
-        if rng.random() < 0.5:
-            yield entry.offset + at, entry.data[at : at + SECTOR]
+    def _torn(self, entry: Entry, rng: random.Random) -> Iterator[tuple[int, bytes]]:
+        end = entry.offset + len(entry.data)
+        if rng.random() < 0.7 or (entry.offset < self._untorn.stop and end > self._untorn.start):
+            yield entry.offset, entry.data
+            return
+        for at in range(0, len(entry.data), SECTOR):
+            if rng.random() < 0.5:
+                yield entry.offset + at, entry.data[at : at + SECTOR]
 
 
 def _apply(disk: bytearray, offset: int, data: bytes) -> None:
