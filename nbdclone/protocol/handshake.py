@@ -227,7 +227,7 @@ class ServerHandshake:
             return None
         data = bytes(self._received[OPTION.size : end])
         del self._received[:end]
-        self._option_count += 1
+        self._option_count += wire.LIST_WEIGHT if option == Option.LIST else 1
         if self._option_count > wire.MAX_OPTIONS:
             raise RemoteProtocolError(f"more than {wire.MAX_OPTIONS} options")
         return option, data

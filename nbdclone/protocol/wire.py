@@ -77,6 +77,7 @@ MAX_PAYLOAD: Final = 64 << 20  # test suites of other implementations send 49,86
 ADVERTISED_MAX_PAYLOAD: Final = 32 << 20  # "Size constraints": what a client may count on everywhere
 MAX_OPTION_LENGTH: Final = 64 << 10  # room for the longest name and all there is to ask about it
 MAX_OPTIONS: Final = 256  # per handshake; real clients send fewer than ten
+LIST_WEIGHT: Final = 32  # a list of thousands of exports costs so much more than another option: eight are enough
 MAX_PIPELINED: Final = 256 << 10  # bytes that a client may send ahead while an option waits for its answer
 MAX_NAME_LENGTH: Final = 4096  # bytes of UTF-8 in an export name ("Conventions")
 MAX_STRING_LENGTH: Final = 4096  # bytes of UTF-8 in any other string ("Conventions")

@@ -119,6 +119,17 @@ def test_a_client_that_sends_ahead_without_end_is_stopped() -> None:
 # NBD_OPT_LIST
 
 
+def test_a_list_counts_as_many_options() -> None:
+    server = greeted()
+    for _ in range(wire.MAX_OPTIONS // wire.LIST_WEIGHT):
+        assert ask(server, w.LIST) == ListExports()
+        server.send_list([("web1", "")])
+        server.data_to_send()
+    with pytest.raises(RemoteProtocolError, match="more than 256 options"):
+        ask(server, w.LIST)
+    assert server.closed
+
+
 def test_list_gives_one_message_for_each_export_and_an_ack() -> None:
     server = greeted()
     assert ask(server, w.LIST) == ListExports()
