@@ -81,6 +81,11 @@ class Served:
         self._process.kill()
         self._process.wait()
 
+    @property
+    def was_killed(self) -> bool:
+        """Has it ended by SIGKILL? Not so when it had ended before."""
+        return self._process.returncode == -signal.SIGKILL
+
     def stop(self) -> None:
         """SIGTERM, after which the server has to leave in time, with status 0 and without a traceback."""
         if self._process.poll() is None:
@@ -112,7 +117,7 @@ def served(pool: Path, *args: str | Path) -> Iterator[Served]:
         try:
             server = Served(process, _await_ready_line(process, stdout), stderr)
             yield server
-            if process.returncode != -signal.SIGKILL:
+            if not server.was_killed:
                 server.stop()
         except BaseException as error:
             error.add_note(f"The server wrote to stderr:\n{stderr.read_text(errors='replace')[-8000:]}")
