@@ -269,10 +269,10 @@ class Delta:
         """Can this file system make holes? Tried on a place of the metadata that is always a hole."""
         return self._fs.can_punch(self.fd, MAP_SLOTS[0] + PAGE_SIZE, PAGE_SIZE)
 
-    def _quota_now(self) -> int:
+    def _quota_now(self, nowait: bool) -> int:
         """The quota as the header has it now: another process may have changed it."""
         with contextlib.suppress(StorageError):
-            self.header = replace(self.header, quota=read_header(self.fd, str(self.path), self._fs).quota)
+            self.header = replace(self.header, quota=read_header(self.fd, str(self.path), self._fs, nowait).quota)
         return self.header.quota
 
     # The map
@@ -508,13 +508,16 @@ def read_page(fs: FileSystem, fd: int, offset: int, nowait: bool) -> bytes:
     return bytes(page)
 
 
-def read_header(fd: int, path: str, fs: FileSystem = FILE_SYSTEM) -> Header:
-    """The header of an open delta: the newer of the two that are valid. Raises CorruptDelta, UnsupportedFormat."""
+def read_header(fd: int, path: str, fs: FileSystem = FILE_SYSTEM, nowait: bool = False) -> Header:
+    """The header of an open delta: the newer of the two that are valid. Raises CorruptDelta, UnsupportedFormat.
+
+    BlockingIOError if ``nowait`` and it is not in memory.
+    """
     headers: list[Header] = []
     errors: list[CorruptDelta] = []
     for slot in HEADER_SLOTS:
         try:
-            headers.append(Header.decode(read_page(fs, fd, slot, nowait=False), path))
+            headers.append(Header.decode(read_page(fs, fd, slot, nowait), path))
         except CorruptDelta as error:
             errors.append(error)
     if not headers:

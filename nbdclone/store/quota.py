@@ -25,11 +25,12 @@ LEASE = 64 << 20
 class Quota:
     """The quota of an open file. Not thread-safe: the changes of a clone exclude one another.
 
-    ``limited``: there is one at present. ``limit`` tells what it is by now, in bytes, 0 for none. Who is about to write
+    ``limited``: there is one at present. ``limit(nowait)`` tells what it is by now, in bytes, 0 for none; it raises
+    BlockingIOError if ``nowait`` and that is not in memory. Who is about to write
     ``length`` bytes takes them off ``lease``, and calls :meth:`renew` if that was not enough.
     """
 
-    def __init__(self, fd: int, limited: bool, limit: Callable[[], int], fs: FileSystem) -> None:
+    def __init__(self, fd: int, limited: bool, limit: Callable[[bool], int], fs: FileSystem) -> None:
         self.lease = 0 if limited else LEASE
         self._fd = fd
         self._limit = limit
@@ -44,11 +45,12 @@ class Quota:
     def renew(self, position: int, length: int, nowait: bool) -> None:
         """The lease did not suffice for these bytes: look at the file.
 
-        Raises OSError (EDQUOT) if they take more than there is room for, and BlockingIOError if ``nowait``.
+        Raises OSError (EDQUOT) if they take more than there is room for, and BlockingIOError if ``nowait``
+        and it may wait: not where there is no quota, which a header in memory says.
         """
-        if nowait:
+        limit = self._limit(nowait)
+        if nowait and limit:
             raise BlockingIOError(errno.EAGAIN, "to look at a file may wait")
-        limit = self._limit()
         room = limit - self._fs.fstat(self._fd).st_blocks * 512 if limit else LEASE
         self.lease = max(min(room, LEASE) - length, 0)
         if limit and length > room and self._fs.unallocated(self._fd, position, length) > max(room, 0):
