@@ -328,3 +328,12 @@ def test_where_holes_cannot_be_made_zeros_count(fs: SimulatedFileSystem, monkeyp
         clone.zero(0, BLOCK_SIZE)
         with pytest.raises(OSError, match="quota"):
             clone.zero(BLOCK_SIZE, BLOCK_SIZE)
+
+
+def test_a_clone_without_a_quota_never_sends_a_write_to_a_thread(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbdclone.store.quota.LEASE", 2 * BLOCK_SIZE)
+    pool.create_clones("base", ["free"])
+    with pool.open_clone("free") as clone:
+        clone.pwrite(b"x" * BLOCK_SIZE, 0)  # the maps are in memory, and the first lease nearly used
+        for block in range(20):
+            clone.write_nowait(memoryview(b"y" * BLOCK_SIZE), block * BLOCK_SIZE)
