@@ -55,7 +55,8 @@ class Output:
     """The sending side of a connection's socket.
 
     ``backlog`` counts the bytes that the peer has not taken yet. ``on_room`` is called whenever it took some,
-    ``on_lost`` once when the connection is found broken; from then on everything is swallowed.
+    ``on_lost`` once when the connection is found broken; from then on everything is swallowed. ``before_sending`` is
+    called before what was gathered leaves.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Output:
         account: Account,
         on_room: Callable[[], None],
         on_lost: Callable[[], None],
+        before_sending: Callable[[], None],
     ) -> None:
         self.buffer = gather.buffer
         self.view = gather.view
@@ -79,6 +81,7 @@ class Output:
         self._account = account
         self._on_room = on_room
         self._on_lost = on_lost
+        self._before_sending = before_sending
         self._waiting: deque[tuple[memoryview, mmap | None]] = deque()
         self._lost = False
 
@@ -120,6 +123,7 @@ class Output:
         if not filled:
             return
         self.filled = 0
+        self._before_sending()
         sent = 0 if self._waiting else self._send(self.view[:filled])
         if sent < filled and not self._lost:
             self._wait_copied(self.view[sent:filled])

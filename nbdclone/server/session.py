@@ -146,7 +146,16 @@ class Session:
         self._input = receiving(
             sock, loop, request_layout(mode), scratch.received, scratch.buffers, self._account, self, self._on_readable
         )
-        self._output = Output(sock, loop, scratch.gather, scratch.buffers, self._account, self._on_room, self._lose)
+        self._output = Output(
+            sock,
+            loop,
+            scratch.gather,
+            scratch.buffers,
+            self._account,
+            self._on_room,
+            self._lose,
+            export.clone.note_marks,  # no write is acknowledged before
+        )
         # Gathers the reply to a request that succeeded and has nothing more to tell.
         self._succeed: Callable[[Cookie], None] = (
             self._output.extended_success if mode is Mode.EXTENDED else self._output.simple_reply

@@ -226,9 +226,18 @@ class Clone:
         ENOSPC (the disk is full) and EDQUOT (the clone's quota): each sector holds what it held, or what was written.
         """
         self._write(view, offset, nowait=False)
+        self.note_marks()
+
+    def note_marks(self) -> None:
+        """Keep what was written from being lost with this process: once for several calls of :meth:`write_nowait`."""
+        if self._delta is not None:
+            self._delta.note_marks()
 
     def write_nowait(self, view: memoryview, offset: int) -> None:
-        """The same without waiting for a disk to be read. Raises BlockingIOError where it would."""
+        """The same without waiting for a disk to be read. Raises BlockingIOError where it would.
+
+        To be acknowledged after :meth:`note_marks`.
+        """
         self._write(view, offset, nowait=True)
 
     def zero(self, offset: int, length: int, *, allocate: bool = False) -> None:
@@ -251,6 +260,7 @@ class Clone:
             # A map that is new takes space; the segments after it may have given back some.
             for start, count in without_space:
                 self._zero_piece(start, count, allocate)
+        self.note_marks()
 
     def _zero_piece(self, offset: int, length: int, allocate: bool) -> None:
         if offset & BLOCK_MASK or length < BLOCK_SIZE:

@@ -41,6 +41,7 @@ from nbdclone.store.fs import FILE_SYSTEM, FileSystem
 from nbdclone.store.layer import (
     BITMAP_SIZE,
     BLOCK_SIZE,
+    BLOCKS_PER_SEGMENT,
     MAX_SIZE,
     MIN_SIZE,
     SECTOR_SIZE,
@@ -155,7 +156,6 @@ class _Segment:
     alone: bool  # the other slot holds nothing valid
     torn: bool  # no, it holds a page that fails its checksum
     reserved: bool  # both slots have their space: writing the map will not meet a full disk
-    noted: bool = False  # there is space in the live map
 
 
 class Delta:
@@ -235,20 +235,24 @@ class Delta:
     def _inherit(self) -> None:
         """Take over what a process that was killed had marked and not flushed."""
         try:
-            for segment, noted in self._live.inherit():
-                if segment * SEGMENT_SIZE < self.size:
-                    self._merge(segment, noted)
+            marks: dict[int, bytearray] = {}
+            for block, count in self._live.inherit():
+                segment, first = divmod(block, BLOCKS_PER_SEGMENT)
+                if segment * SEGMENT_SIZE < self.size and first + count <= BLOCKS_PER_SEGMENT:
+                    _set_bits(marks.setdefault(segment, bytearray(BITMAP_SIZE)), first, first + count - 1)
+            for segment, marked in marks.items():
+                self._merge(segment, marked)
         except BaseException:
             self._live.close()
             raise
 
-    def _merge(self, segment: int, noted: bytes) -> None:
+    def _merge(self, segment: int, marked: bytes | bytearray) -> None:
         try:
             state = self._load(segment, nowait=False)
         except CorruptDelta:  # its map is lost: reading it will be refused, and the other segments are as they were
             return
         known = int.from_bytes(state.bitmap, "big")
-        both = known | int.from_bytes(noted, "big")
+        both = known | int.from_bytes(marked, "big")
         if both != known:
             state.bitmap = bytearray(both.to_bytes(BITMAP_SIZE, "big"))
             self._dirty.add(segment)
@@ -296,9 +300,7 @@ class Delta:
                 self.quota.take(segment * SEGMENT_SPAN + slot, PAGE_SIZE, nowait)
                 self._fs.allocate(self.fd, segment * SEGMENT_SPAN + slot, PAGE_SIZE)
             state.reserved = True
-        if not state.noted:
-            self._live.reserve(segment)
-            state.noted = True
+        self._live.reserve()
 
     def mark(self, segment: int, first: int, last: int) -> None:
         """Note that blocks ``first`` to ``last`` of the segment are this delta's: their bytes are in the file already.
@@ -311,10 +313,11 @@ class Delta:
                 state.bitmap = bytearray(state.bitmap)
             _set_bits(state.bitmap, first, last)
             self._dirty.add(segment)
-        # Before the write is acknowledged: a process that is killed leaves the data in the page cache, and this. Marks
-        # come one after the other; a flush may come in between, and then it has the blocks already.
-        low = first >> 3
-        self._live.note(segment, low, state.bitmap[low : (last >> 3) + 1])
+        self._live.note(segment * BLOCKS_PER_SEGMENT + first, last - first + 1)
+
+    def note_marks(self) -> None:
+        """Before a change is acknowledged: a process that is killed leaves its data in the page cache, and this."""
+        self._live.write()
 
     def require_sound(self) -> None:
         """Raises CloneFailed if a sync failed before: nothing may be written any more."""
@@ -342,6 +345,7 @@ class Delta:
             with self._lock:
                 if not self._unsynced and not self._dirty:
                     return
+                live = self._live.noted  # before the map: what was marked since is noted, too
                 noted = {segment: bytes(self._segments[segment].bitmap) for segment in self._dirty}
                 self._dirty.clear()
                 self._unsynced = False
@@ -359,6 +363,7 @@ class Delta:
                     # A power cut before or in this sync: for each segment the new page or, if it is missing or torn,
                     # the one in the other slot, which an earlier sync made durable. Both point only at data that is.
                     self._sync()
+                self._live.covered(live)
             except BaseException:
                 with self._lock:
                     self._dirty |= noted.keys()

@@ -5,10 +5,15 @@ cut may take them: nobody promised to keep what was not flushed. But a process t
 page cache, and a client that reconnects goes on as if nothing had happened: what was acknowledged must be there, and
 its next flush must cover it. So each mark is also written to a file beside the delta:
 
-    page 0        magic, the delta's id (16 bytes), 1 if a sync failed, the boot (16 bytes), the number of its own inode
-    page s + 1    the map of segment s as it stands, 4064 bytes
+    page 0        magic, the delta's id (16 bytes), 1 if a sync failed, the boot (16 bytes), the number of its own
+                  inode, where the marks begin that count (8 bytes)
+    from page 1   the marks, 8 bytes each: the first block (40 bits) and how many (24 bits); zeros end them
 
-It is never synced and means nothing after a power cut. The next to open the delta believes it only if the delta's
+Marks are gathered by :meth:`LiveMap.note` and written by :meth:`LiveMap.write`, once for all the writes that are
+acknowledged together. A mark that counts although a flush has covered it does no harm: a block that is the delta's
+stays the delta's.
+
+The file is never synced and means nothing after a power cut. The next to open the delta believes it only if the delta's
 inode never left the kernel's memory meanwhile, and with it its pages: after a boot, or an unmount, what this file tells
 of may be lost. That alone does not tell a file that was copied here, or that another machine wrote to a shared file
 system while this one remembered the delta from before: hence the boot and the inode. A clean close removes it.
@@ -22,25 +27,37 @@ import contextlib
 import errno
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from struct import Struct
 
-from nbdclone.store.fs import FileSystem, seek_extent
-from nbdclone.store.layer import BITMAP_SIZE
+from nbdclone.store.fs import FileSystem
 
 logger = logging.getLogger("nbdclone")
 
-MAGIC = b"NBDLIVE1"
+MAGIC = b"NBDLIVE2"
 HEAD = Struct(">8s16sB16sQ")
+# Where the marks begin that count: behind the rest of the head, which stays as it was made.
+START = Struct(">Q")
+START_AT = 64
+MARKS_AT = 4096
+MARK_SIZE = 8
+COUNT_BITS = 24
 PAGE_SIZE = 4096
 FILE_NAME = "live"
+# How much is read at a time of what a killed process left.
+READ_SIZE = 1 << 20
 # There can be no such file here, or no space taken for it: the user may not, or the file system cannot.
 _NOT_HERE = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.EOPNOTSUPP, errno.EINVAL))
 
 
 class LiveMap:
-    """The file beside one delta, which the caller has open and locked as ``delta_fd``. Made when first written."""
+    """The file beside one delta, which the caller has open and locked as ``delta_fd``. Made when first written.
+
+    ``reserve``, ``note`` and ``write`` are called by one thread at a time, the one that changes the clone; ``covered``
+    comes from another, which flushes it.
+    """
 
     def __init__(self, delta: Path, delta_fd: int, delta_id: bytes, fs: FileSystem) -> None:
         self.path = delta.with_name(FILE_NAME)
@@ -49,9 +66,14 @@ class LiveMap:
         self._fs = fs
         self._fd: int | None = None
         self._broken = False
+        self._pending: list[int] = []  # marks that are not written yet
+        self._written = 0  # how many are, since this file was opened
+        self._end = MARKS_AT  # where the next go
+        self._room = 0  # up to where there is space for them
+        self._lock = threading.RLock()
 
-    def inherit(self) -> Iterator[tuple[int, bytes]]:
-        """What a process that was killed had marked: (segment, bitmap) of each. To be asked once, before anything else.
+    def inherit(self) -> Iterator[tuple[int, int]]:
+        """What a process that was killed had marked: (block, count) of each. To be asked once, before anything else.
 
         After a failed sync of that process the kernel's cache of the delta is dropped instead. Raises OSError, and
         StorageError if something else stands there, or this user may not read it.
@@ -60,54 +82,95 @@ class LiveMap:
             self._fd = fd = self._fs.open_file(self.path, os.O_RDWR)
         except FileNotFoundError:
             return
-        head = bytearray(HEAD.size)
-        self._fs.preadv(fd, [head], 0)
-        magic, delta_id, failed, _boot, _inode = HEAD.unpack(head)
+        page = bytearray(START_AT + START.size)
+        self._fs.preadv(fd, [page], 0)
+        magic, delta_id, failed, _boot, _inode = HEAD.unpack_from(page)
         known = magic == MAGIC and delta_id == self._delta_id
         if known and failed:
             self._fs.fadvise(self._delta_fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        if head != self._head(fd, failed=False) or not self._fs.stayed_in_memory(self._delta_fd):
+        if page[: HEAD.size] != self._head(fd, failed=False) or not self._fs.stayed_in_memory(self._delta_fd):
             self.discard()
             return
-        size = self._fs.fstat(fd).st_size
-        position = PAGE_SIZE
-        while (position := seek_extent(self._fs, fd, position, os.SEEK_DATA, otherwise=position)) < size:
-            position -= position % PAGE_SIZE
-            page = bytearray(BITMAP_SIZE)
-            self._fs.preadv(fd, [page], position)
-            if any(page):
-                yield position // PAGE_SIZE - 1, bytes(page)
-            position += PAGE_SIZE
+        (start,) = START.unpack_from(page, START_AT)
+        for mark in self._read_marks(fd, max(start, MARKS_AT)):
+            yield mark >> COUNT_BITS, mark & (1 << COUNT_BITS) - 1
 
-    def reserve(self, segment: int) -> None:
-        """Take the space for a segment's page, so that noting its marks meets no full disk.
+    def _read_marks(self, fd: int, start: int) -> Iterator[int]:
+        self._end = start
+        buffer = bytearray(READ_SIZE)
+        while count := self._fs.preadv(fd, [buffer], self._end) // MARK_SIZE:
+            for (mark,) in START.iter_unpack(memoryview(buffer)[: count * MARK_SIZE]):
+                if not mark:
+                    return
+                self._end += MARK_SIZE
+                yield mark
+
+    def reserve(self) -> None:
+        """Take the space for one more mark, so that noting it meets no full disk.
 
         Raises OSError. Where there can be no such file at all, that is logged, and the clone goes on without.
         """
-        if self._broken:
+        needed = self._end + (len(self._pending) + 2) * MARK_SIZE  # zeros follow the last
+        if needed <= self._room or self._broken:
             return
         try:
-            self._fs.allocate(self._opened(), (segment + 1) * PAGE_SIZE, PAGE_SIZE)
+            with self._lock:
+                fd = self._opened()
+            page = max(self._room, self._end - self._end % PAGE_SIZE)
+            while page < needed:
+                self._fs.allocate(fd, page, PAGE_SIZE)
+                page += PAGE_SIZE
+            self._room = page
         except OSError as error:
             if error.errno not in _NOT_HERE:
                 raise
             self._give_up(error)
 
-    def note(self, segment: int, first: int, bits: bytes | bytearray) -> None:
-        """Write the bytes of the segment's map from ``first`` on, as they are now.
+    def note(self, block: int, count: int) -> None:
+        """Note that these blocks were marked; :meth:`write` is to be called before that is acknowledged."""
+        self._pending.append(block << COUNT_BITS | count)
+
+    def write(self) -> None:
+        """Write the marks that were noted.
 
         There is space for them; if they cannot be written all the same, that is logged, and nothing more is noted.
         """
-        if self._broken:
+        if not self._pending:
             return
-        try:
-            self._fs.pwrite_all(self._opened(), bits, (segment + 1) * PAGE_SIZE + first)
-        except OSError as error:
-            self._give_up(error)
+        with self._lock:
+            marks = self._pending.copy()  # more may be noted meanwhile
+            if marks and not self._broken:
+                try:
+                    self._fs.pwrite_all(self._opened(), b"".join(map(START.pack, marks)) + bytes(MARK_SIZE), self._end)
+                except OSError as error:
+                    self._give_up(error)
+                self._end += len(marks) * MARK_SIZE
+            self._written += len(marks)
+            del self._pending[: len(marks)]
+
+    @property
+    def noted(self) -> int:
+        """How many marks were noted so far, to be given to :meth:`covered`."""
+        with self._lock:
+            return self._written + len(self._pending)
+
+    def covered(self, noted: int) -> None:
+        """The first ``noted`` marks are in the map now: they need not be kept."""
+        with self._lock, contextlib.suppress(OSError):  # one that is kept tells nothing wrong
+            early = max(0, noted - self._written)
+            del self._pending[:early]
+            self._written += early
+            if self._fd is None or self._end == MARKS_AT:
+                return
+            start = self._end - (self._written - noted) * MARK_SIZE
+            if start == self._end:
+                self._fs.pwrite_all(self._fd, bytes(MARK_SIZE), MARKS_AT)
+                start = self._end = MARKS_AT
+            self._fs.pwrite_all(self._fd, START.pack(start), START_AT)
 
     def note_failure(self) -> None:
         """A sync failed: nobody is to believe the cache after this process."""
-        with contextlib.suppress(OSError):
+        with self._lock, contextlib.suppress(OSError):
             fd = self._opened()
             self._fs.pwrite_all(fd, self._head(fd, failed=True), 0)
 
@@ -130,7 +193,8 @@ class LiveMap:
             fd = self._fs.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
                 self._note_presence()
-                self._fs.pwrite_all(fd, self._head(fd, failed=False), 0)
+                head = self._head(fd, failed=False).ljust(START_AT, b"\0") + START.pack(MARKS_AT)
+                self._fs.pwrite_all(fd, head, 0)
             except BaseException:
                 self._fs.close(fd)
                 raise
@@ -147,8 +211,9 @@ class LiveMap:
 
     def _give_up(self, error: OSError) -> None:
         logger.error("%s: %s: until the clone is opened again, a kill would take what is not flushed", self.path, error)
-        self._broken = True
-        self.discard()
+        with self._lock:
+            self._broken = True
+            self.discard()
 
     def _head(self, fd: int, *, failed: bool) -> bytes:
         return HEAD.pack(MAGIC, self._delta_id, failed, self._fs.boot_id(), self._fs.fstat(fd).st_ino)

@@ -48,6 +48,7 @@ class Heard:
     label = "somebody"
     room = 0
     lost = 0
+    sending = 0
 
     def resume(self) -> None:
         self.on_room()
@@ -64,6 +65,9 @@ class Heard:
     def on_lost(self) -> None:
         self.lost += 1
 
+    def on_sending(self) -> None:
+        self.sending += 1
+
 
 @pytest.fixture
 def heard() -> Heard:
@@ -74,7 +78,7 @@ def heard() -> Heard:
 async def output(ends: tuple[socket.socket, socket.socket], buffers: Pool, heard: Heard) -> AsyncIterator[Output]:
     loop = asyncio.get_running_loop()
     account = Budget(MIB, loop).open(heard)
-    output = Output(ends[0], loop, Gather(), buffers, account, heard.on_room, heard.on_lost)
+    output = Output(ends[0], loop, Gather(), buffers, account, heard.on_room, heard.on_lost, heard.on_sending)
     yield output
     assert account.held == output.backlog
     output.close()
@@ -90,7 +94,7 @@ async def receive(sock: socket.socket, count: int) -> bytes:
 
 
 async def test_replies_are_gathered_and_sent_together(
-    ends: tuple[socket.socket, socket.socket], output: Output
+    ends: tuple[socket.socket, socket.socket], output: Output, heard: Heard
 ) -> None:
     output.simple_reply(1, 0)
     output.add(b"message")
@@ -99,7 +103,9 @@ async def test_replies_are_gathered_and_sent_together(
     output.filled = at + 4
     with pytest.raises(BlockingIOError):
         ends[1].recv(1)
+    assert not heard.sending
     output.push()
+    assert heard.sending == 1
     assert ends[1].recv(100) == SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, 1) + b"messagedata"
     assert (output.backlog, output.filled) == (0, 0)
 

@@ -207,7 +207,8 @@ class Campaign:
 
             return spared
 
-        live.note = sparing(live.note)  # type: ignore[method-assign]
+        live.write = sparing(live.write)  # type: ignore[method-assign]
+        live.covered = sparing(live.covered)  # type: ignore[method-assign]
         live.note_failure = sparing(live.note_failure)  # type: ignore[method-assign]
 
     def _close(self) -> None:
@@ -268,9 +269,30 @@ class Campaign:
         number = self._ledger.begin(offset, data)
         if zero:
             self._clone.zero(offset, len(data), allocate=allocate)
+        elif self._rng.random() < 0.4:
+            self._send_together(offset, data)
         else:
             self._clone.pwrite(data, offset)
         self._ledger.finish(number)
+
+    def _send_together(self, offset: int, data: bytes) -> None:
+        """As a server does it: some writes, one after the other, and then they are acknowledged together."""
+        self._write_now(offset, data)
+        written = []
+        for _ in range(self._rng.randrange(3)):
+            other = self._rng.randrange(*self._rng.choice(WINDOWS)) // SECTOR * SECTOR
+            block = self._data(other, SECTOR)
+            written.append(self._ledger.begin(other, block))
+            self._write_now(other, block)
+        self._clone.note_marks()
+        for number in written:
+            self._ledger.finish(number)
+
+    def _write_now(self, offset: int, data: bytes) -> None:
+        try:
+            self._clone.write_nowait(memoryview(data), offset)
+        except BlockingIOError:
+            self._clone.pwrite(data, offset)
 
     def _flush(self) -> None:
         before, self._doing = self._doing, "flush"

@@ -15,9 +15,10 @@ import pytest
 from nbdclone.errors import CorruptDelta, StorageError
 from nbdclone.store.check import check_pool
 from nbdclone.store.clone import Clone
-from nbdclone.store.delta import MAP_SLOTS, PAGE_SIZE
+from nbdclone.store.delta import MAP_SLOTS
 from nbdclone.store.fs import F_GET_RW_HINT, F_SET_RW_HINT, FileSystem
-from nbdclone.store.layer import BLOCK_SIZE, SEGMENT_SIZE
+from nbdclone.store.layer import BLOCK_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE
+from nbdclone.store.live import MARK_SIZE, MARKS_AT
 from nbdclone.store.pool import Pool
 
 SIZE = SEGMENT_SIZE + (1 << 20)
@@ -138,9 +139,23 @@ def test_check_knows_the_file_and_changes_nothing(pool: Pool) -> None:
 
 def with_a_mark(content: bytes, block: int) -> bytes:
     """A live map that also has this block, of segment 0: one whose data never came here."""
-    changed = bytearray(content)
-    changed[PAGE_SIZE + block // 8] |= 0x80 >> block % 8
-    return bytes(changed)
+    end = content.index(bytes(MARK_SIZE), MARKS_AT)
+    return content[:end] + mark(block, 1) + content[end + MARK_SIZE :]
+
+
+def mark(block: int, count: int) -> bytes:
+    return (block << 24 | count).to_bytes(MARK_SIZE, "big")
+
+
+def marks_in(live: Path) -> list[tuple[int, int]]:
+    """(block, count) of each mark that counts."""
+    content = live.read_bytes()
+    position = int.from_bytes(content[64:72], "big")
+    found = []
+    while value := int.from_bytes(content[position : position + MARK_SIZE], "big"):
+        found.append((value >> 24, value & 0xFFFFFF))
+        position += MARK_SIZE
+    return found
 
 
 def test_a_file_that_was_copied_here_is_not_believed(pool: Pool) -> None:
@@ -209,10 +224,12 @@ def test_what_is_no_file_is_named_and_no_descriptor_is_left(pool: Pool, stands_t
 def test_an_error_while_it_is_read_leaves_no_descriptor(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     killed(pool)
 
-    def failing(fd: int, position: int, whence: int) -> int:
-        raise OSError(errno.EIO, "the disk does not answer")
+    def failing(fd: int, buffers: list[bytearray], offset: int) -> int:
+        if offset == MARKS_AT:
+            raise OSError(errno.EIO, "the disk does not answer")
+        return os.preadv(fd, buffers, offset)
 
-    monkeypatch.setattr(FileSystem, "lseek", staticmethod(failing))
+    monkeypatch.setattr(FileSystem, "preadv", staticmethod(failing))
     before = open_descriptors()
     with pytest.raises(OSError, match="does not answer"):
         pool.open_clone("web1")
@@ -223,22 +240,106 @@ def test_marks_beyond_the_end_of_the_disk_mean_nothing(pool: Pool) -> None:
     live = killed(pool)
     delta = pool.path / "clones" / "web1" / "delta"
     size = delta.stat().st_size
+    end = live.read_bytes().index(bytes(MARK_SIZE), MARKS_AT)
     with open(live, "r+b") as file:
-        os.pwrite(file.fileno(), b"\xff", 6 * PAGE_SIZE)
+        os.pwrite(file.fileno(), mark(5 * BLOCKS_PER_SEGMENT, 8) + mark(BLOCKS_PER_SEGMENT - 1, 2), end)
     with pool.open_clone("web1") as clone:
         assert has_all(clone)
     assert delta.stat().st_size == size
 
 
-class NoHoles(FileSystem):
-    def lseek(self, fd: int, position: int, whence: int) -> int:  # type: ignore[override]
-        raise OSError(errno.EINVAL, "this file system knows no holes")
-
-
-def test_where_holes_are_not_told_all_of_it_is_read(pool: Pool) -> None:
+def test_more_marks_than_are_read_at_once_are_all_there(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     killed(pool)
-    with Pool.open(pool.path, fs=NoHoles()).open_clone("web1") as clone:
+    monkeypatch.setattr("nbdclone.store.live.READ_SIZE", 2 * MARK_SIZE)
+    with pool.open_clone("web1") as clone:
         assert has_all(clone)
+
+
+def test_several_writes_are_noted_at_once_and_a_flush_covers_them(pool: Pool) -> None:
+    live = pool.path / "clones" / "web1" / "live"
+    with pool.open_clone("web1") as clone:
+        for block in (7, 3, 9):
+            clone.write_nowait(memoryview(NEW), block * BLOCK_SIZE)
+        assert marks_in(live) == []
+        clone.note_marks()
+        assert marks_in(live) == [(7, 1), (3, 1), (9, 1)]
+        clone.write_nowait(memoryview(NEW), 3 * BLOCK_SIZE)  # not for the first time
+        clone.note_marks()
+        assert len(marks_in(live)) == 3
+        clone.flush()
+        assert marks_in(live) == []
+        clone.pwrite(NEW, 11 * BLOCK_SIZE)
+        assert marks_in(live) == [(11, 1)]
+
+
+class DuringSync(FileSystem):
+    """Something happens while the disk is busy with a flush."""
+
+    def __init__(self) -> None:
+        self.then = lambda: None
+
+    def datasync(self, fd: int) -> None:  # type: ignore[override]
+        os.fdatasync(fd)
+        then, self.then = self.then, lambda: None
+        then()
+
+
+def test_marks_that_come_during_a_flush_stay(pool: Pool) -> None:
+    live = pool.path / "clones" / "web1" / "live"
+    fs = DuringSync()
+    with Pool.open(pool.path, fs=fs).open_clone("web1") as clone:
+        clone.pwrite(NEW, 0)
+        clone.write_nowait(memoryview(NEW), BLOCK_SIZE)  # noted, and covered before it is written there
+
+        def meanwhile() -> None:
+            clone.pwrite(NEW, 2 * BLOCK_SIZE)
+            clone.write_nowait(memoryview(NEW), 3 * BLOCK_SIZE)
+
+        fs.then = meanwhile
+        clone.flush()
+        assert marks_in(live) == [(2, 1)]
+        clone.note_marks()
+        assert marks_in(live) == [(2, 1), (3, 1)]
+        clone.pwrite(NEW, 4 * BLOCK_SIZE)
+        assert marks_in(live) == [(2, 1), (3, 1), (4, 1)]
+        clone.flush()
+        assert marks_in(live) == []
+
+
+def test_a_flush_that_fails_leaves_the_marks(pool: Pool) -> None:
+    live = pool.path / "clones" / "web1" / "live"
+    fs = DuringSync()
+
+    def no_space() -> None:
+        raise OSError(errno.ENOSPC, "the file system is full")
+
+    with Pool.open(pool.path, fs=fs).open_clone("web1") as clone:
+        clone.pwrite(NEW, 0)
+        monkeyed, fs.pwrite_all = fs.pwrite_all, lambda fd, data, offset: no_space()  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="full"):
+            clone.flush()
+        fs.pwrite_all = monkeyed  # type: ignore[method-assign]
+        assert marks_in(live) == [(0, 1)]
+
+
+def test_who_inherits_marks_writes_behind_them(pool: Pool) -> None:
+    live = killed(pool)
+    before = marks_in(live)
+    with pool.open_clone("web1") as clone:
+        clone.pwrite(NEW, 20 * BLOCK_SIZE)
+        assert marks_in(live) == [*before, (20, 1)]
+        clone.flush()
+        assert marks_in(live) == []
+
+
+def test_there_is_space_for_a_mark_before_its_block_is_written(pool: Pool) -> None:
+    live = pool.path / "clones" / "web1" / "live"
+    with pool.open_clone("web1") as clone:
+        for block in range(600):  # a page has room for 512
+            clone.write_nowait(memoryview(NEW), block * BLOCK_SIZE)
+            assert live.stat().st_blocks * 512 >= MARKS_AT + (block + 2) * MARK_SIZE
+        clone.note_marks()
+        assert len(marks_in(live)) == 600
 
 
 class NoFile(FileSystem):
@@ -273,7 +374,7 @@ def test_where_nothing_can_be_noted_the_clone_goes_on_and_the_log_says_so(
 
 class NotesFail(FailingSync):
     def pwrite_all(self, fd: int, data: bytes, offset: int) -> None:
-        if len(data) == 1:  # a mark: one byte of a map
+        if len(data) == 2 * MARK_SIZE:  # a mark, and the zeros that end them
             raise OSError(errno.EIO, "the disk does not answer")
         super().pwrite_all(fd, data, offset)
 

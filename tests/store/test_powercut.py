@@ -132,6 +132,16 @@ MUTATIONS = {
         Clone, "_zero_blocks", "clear(delta.fd,", "owners[first] == self._top and clear(delta.fd,"
     ),
     "marks are not noted as they are made": Mutation(Delta, "mark", "self._live.note(", "(lambda *_: None)("),
+    "marks are not written before they are acknowledged": Mutation(Clone, "note_marks", "is not None", "is None"),
+    "a flush takes marks for covered that came after it began": Mutation(
+        Delta, "flush", "self._live.covered(live)", "self._live.covered(self._live.noted)"
+    ),
+    "the marks that stay are looked for in the wrong place": Mutation(
+        LiveMap, "covered", "start = self._end - (self._written - noted) * MARK_SIZE", "start = self._end"
+    ),
+    "marks are written over those that were inherited": Mutation(
+        LiveMap, "_read_marks", "self._end += MARK_SIZE", "pass"
+    ),
     "marks that were inherited are not flushed": Mutation(Delta, "_merge", "self._dirty.add(segment)", "pass"),
     "marks are believed after a power cut": Mutation(
         LiveMap, "inherit", " or not self._fs.stayed_in_memory(self._delta_fd)", ""
