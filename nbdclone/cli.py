@@ -45,6 +45,8 @@ app = typer.Typer(
 
 # Two descriptors for each open clone and one for each connection; the usual soft limit is 1,024.
 WANTED_FILES = 65536
+# A moment that is longer keeps a processor from others for more than a disk takes.
+MAX_BUSY_POLL_US = 1000
 _SIZE = re.compile(r"(\d+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -324,12 +326,23 @@ def serve(
             "--max-memory", parser=parse_size, metavar="SIZE", help="For all clients together (default: at most 1G)."
         ),
     ] = None,
+    busy_poll: Annotated[
+        int | None,
+        typer.Option(
+            "--busy-poll",
+            min=0,
+            max=MAX_BUSY_POLL_US,
+            metavar="US",
+            help="Microseconds to stay awake for the next of requests that come singly (default: 50; 0: never).",
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
 ) -> None:
     """Serve every clone, and every base read-only, until told to stop (SIGTERM). SIGHUP: read the settings again."""
     import uvloop
 
     from nbdclone.server.admission import MAX_CONNECTIONS
+    from nbdclone.server.busy import DEFAULT_LIMIT_US
     from nbdclone.server.listen import parse_address
     from nbdclone.server.server import Server
 
@@ -350,6 +363,7 @@ def serve(
             max_connections=max_connections or MAX_CONNECTIONS,
             max_connections_per_address=max_connections_per_address,
             max_memory=max_memory,
+            busy_poll=DEFAULT_LIMIT_US if busy_poll is None else busy_poll,
         )
         runner.run(_serve(server))
 

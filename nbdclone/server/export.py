@@ -1,8 +1,8 @@
 """An export: one open clone, shared by all connections to it, and the order in which it is changed.
 
 Reads go on beside everything. Changes that may wait for a disk run in threads, one at a time for each clone, and while
-one is under way or waiting the others queue behind it: that is what lets a warm write run on the event loop without
-ever waiting there for the clone's lock.
+one is under way the others queue behind it: that is what lets a warm write run on the event loop without ever waiting
+there for the clone's lock.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from time import perf_counter
 from typing import Any
 
 from nbdclone.server.offload import Done, Offload
@@ -25,6 +26,8 @@ logger = logging.getLogger("nbdclone")
 # a thread, and wait there for nobody else.
 STALL_S = 0.02
 STALLED_FOR_S = 0.5
+# Writes that waited for one in a thread, and are made on the loop one after the other then.
+MAX_ATTEMPTS = 64
 
 
 class Export:
@@ -36,30 +39,58 @@ class Export:
         self.changing = False  # a change runs in a thread, or waits to
         self._offload = offload
         self._loop = loop
-        self._changes: deque[tuple[Callable[[], Any], Done]] = deque()
+        self._changes: deque[tuple[Callable[[], Any], Callable[[], Any] | None, Done]] = deque()
         self._flush_waiting: list[Done] = []
         self._flushing = False
         self._stalled_until = 0.0
 
-    def change(self, work: Callable[[], Any], done: Done) -> None:
-        """Run a change of the clone in a thread, after those before it."""
-        self._changes.append((work, done))
+    def change(self, work: Callable[[], Any], done: Done, attempt: Callable[[], Any] | None = None) -> None:
+        """Run a change of the clone in a thread, after those before it.
+
+        If it had to wait for its turn, ``attempt`` comes first, on the loop: the same, which raises BlockingIOError
+        where it would wait. Or a client that keeps some writes under way would send all of them through threads for
+        ever, after one that had to.
+        """
+        self._changes.append((work, attempt, done))
         if not self.changing:
             self.changing = True
-            self._next_change()
+            self._submit_change()
 
-    def _next_change(self) -> None:
-        work, done = self._changes[0]
+    def _submit_change(self) -> None:
+        work, _attempt, done = self._changes[0]
 
         def changed(result: Any, error: BaseException | None) -> None:
-            self._changes.popleft()
-            if self._changes:
-                self._next_change()
-            else:
-                self.changing = False
-            done(result, error)
+            self._finish_change(done, result, error)
+            self._next_change()
 
         self._offload.submit(work, changed)
+
+    def _next_change(self) -> None:
+        for _ in range(MAX_ATTEMPTS):
+            if not self._changes:
+                self.changing = False
+                return
+            _work, attempt, done = self._changes[0]
+            if attempt is None or self.stalled:
+                break
+            failure: Exception | None = None
+            began = perf_counter()
+            try:
+                attempt()
+            except BlockingIOError:
+                break
+            except Exception as error:
+                failure = error
+            self.note_write_time(perf_counter() - began)
+            self._finish_change(done, None, failure)
+        self._submit_change()
+
+    def _finish_change(self, done: Done, result: Any, error: BaseException | None) -> None:
+        self._changes.popleft()
+        try:
+            done(result, error)
+        except Exception:
+            logger.exception("a defect of the server")
 
     def flush(self, done: Done) -> None:
         """Make durable every write that was acknowledged before this call.

@@ -56,7 +56,7 @@ class Output:
 
     ``backlog`` counts the bytes that the peer has not taken yet. ``on_room`` is called whenever it took some,
     ``on_lost`` once when the connection is found broken; from then on everything is swallowed. ``before_sending`` is
-    called before what was gathered leaves.
+    called before what was gathered leaves, ``on_sent`` when the socket took something.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Output:
         on_room: Callable[[], None],
         on_lost: Callable[[], None],
         before_sending: Callable[[], None],
+        on_sent: Callable[[], None],
     ) -> None:
         self.buffer = gather.buffer
         self.view = gather.view
@@ -82,6 +83,7 @@ class Output:
         self._on_room = on_room
         self._on_lost = on_lost
         self._before_sending = before_sending
+        self._on_sent = on_sent
         self._waiting: deque[tuple[memoryview, mmap | None]] = deque()
         self._lost = False
 
@@ -160,13 +162,15 @@ class Output:
         if self._lost:
             return 0
         try:
-            return self._sock.send(view)
+            sent = self._sock.send(view)
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError:
             self._lose()
             self._on_lost()
             return 0
+        self._on_sent()
+        return sent
 
     def _wait_copied(self, view: memoryview) -> None:
         size = len(view)

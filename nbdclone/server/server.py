@@ -16,6 +16,7 @@ from nbdclone.protocol.handshake import TLSMode
 from nbdclone.server.access import Access, read_access
 from nbdclone.server.admission import MAX_CONNECTIONS, Admission
 from nbdclone.server.budget import MIN_MEMORY, Budget, default_memory
+from nbdclone.server.busy import DEFAULT_LIMIT_US, Busy
 from nbdclone.server.connection import Connection
 from nbdclone.server.export import Exports
 from nbdclone.server.listen import Listener, listen_tcp, listen_unix
@@ -53,7 +54,8 @@ class Server:
     that other machines reach is refused, or taken with ``insecure``. ``max_connections`` in all,
     ``max_connections_per_address`` (default: half of that) from one IP address, or one user on Unix sockets: those
     above it are closed at once. ``max_memory``: bytes that are lent to all clients together, 256 MiB at least (default:
-    1 GiB, or a quarter of the machine's).
+    1 GiB, or a quarter of the machine's). ``busy_poll``: for how many microseconds at most it stays awake for the next
+    request of a client that sends one after the other; 0 for never.
 
     Entering raises InUse (another server has the pool; an address is taken) or UsageError (the pool's settings too).
     """
@@ -69,6 +71,7 @@ class Server:
         max_connections: int = MAX_CONNECTIONS,
         max_connections_per_address: int | None = None,
         max_memory: int | None = None,
+        busy_poll: int = DEFAULT_LIMIT_US,
     ) -> None:
         self.pool = pool
         self._max_memory = default_memory() if max_memory is None else max_memory
@@ -79,6 +82,7 @@ class Server:
         self.tls = tls
         self.tls_mode = TLSMode.OFF if tls is None else TLSMode.REQUIRED if tls.required else TLSMode.ON
         self._insecure = insecure
+        self._busy_poll = busy_poll
         self._listen = listen
         self._sockets = sockets
         self._listeners: list[Listener] = []
@@ -103,7 +107,11 @@ class Server:
             for threads in (offload, keeper, bulk):
                 held.callback(threads.close)
             self.scratch = Scratch(
-                Budget(self._max_memory, self._loop), QuietLog(logger, self._loop.time), offload, bulk
+                Budget(self._max_memory, self._loop),
+                QuietLog(logger, self._loop.time),
+                offload,
+                bulk,
+                Busy(self._loop, self._busy_poll),
             )
             self._exports = Exports(self.pool, offload, keeper, self._loop)
             self._held = held.pop_all()

@@ -61,6 +61,7 @@ from nbdclone.protocol.wire import (
 from nbdclone.server.block_status import Contexts, block_status, largest_reply
 from nbdclone.server.budget import Budget
 from nbdclone.server.buffers import MIN_BUFFER, PAGE, BufferPool, new_buffer
+from nbdclone.server.busy import Busy
 from nbdclone.server.errnos import describe, nbd_errno, tell
 from nbdclone.server.export import Export
 from nbdclone.server.holes import Run, find_holes, is_zero, lay_out
@@ -99,13 +100,14 @@ MAX_PIECES = 4096  # the same, in pieces: each has its own small cost
 class Scratch:
     """What all connections of an event loop share, one pass at a time."""
 
-    def __init__(self, budget: Budget, quiet: QuietLog, offload: Offload, bulk: Offload) -> None:
+    def __init__(self, budget: Budget, quiet: QuietLog, offload: Offload, bulk: Offload, busy: Busy) -> None:
         self.received = ReceiveBuffer()
         self.gather = Gather()
         self.buffers = BufferPool(self._discard)
         self.budget = budget
         self.quiet = quiet
         self.offload = offload
+        self.busy = busy
         self.bulk = bulk  # for what is large: a few at a time, or all others would wait for memory with them
 
     def _discard(self, buffer: mmap) -> None:
@@ -140,6 +142,7 @@ class Session:
         self._bulk = scratch.bulk
         self._loop = loop
         self._quiet = scratch.quiet
+        self._received = scratch.busy.received
         self._sock = sock
         self._account = scratch.budget.open(self)
         receiving = TLSInput if isinstance(sock, TLSSocket) else Input
@@ -155,6 +158,7 @@ class Session:
             self._on_room,
             self._lose,
             export.clone.note_marks,  # no write is acknowledged before
+            scratch.busy.sent,
         )
         # Gathers the reply to a request that succeeded and has nothing more to tell.
         self._succeed: Callable[[Cookie], None] = (
@@ -196,6 +200,7 @@ class Session:
         self._lose()
 
     def _on_readable(self) -> None:
+        self._received()
         self._guarded(self._input.receive)
 
     def _guarded(self, step: Callable[[], None]) -> None:
@@ -489,7 +494,8 @@ class Session:
             self._give_back(buffer)
             finish(result, error)
 
-        self._export.change(lambda: clone.write(kept, offset), done)
+        attempt = None if length > MAX_INLINE else partial(clone.write_nowait, kept, offset)
+        self._export.change(partial(clone.write, kept, offset), done, attempt)
 
     def _give_back(self, buffer: mmap | None) -> None:
         if buffer is not None:

@@ -175,6 +175,26 @@ async def test_after_a_write_that_stalled_the_loop_writes_go_through_threads_for
         assert await client.pread(4096, 0) == b"z" * 4096
 
 
+async def test_writes_that_waited_for_one_in_a_thread_do_not_go_through_threads_for_ever(
+    pool: Pool, disk: Disk
+) -> None:
+    async with serving(pool) as server, await Peer.open(server, "web1") as peer:
+        disk.writes.close()
+        large = peer.request(CMD_WRITE, 0, payload=b"1" * 2 * MIB, cookie=1)
+        await peer.send(
+            large, *[peer.request(CMD_WRITE, 4096 * n, payload=b"2" * 4096, cookie=n) for n in range(2, 202)]
+        )
+        await until(lambda: disk.writes.waiting == 1)
+        passed = disk.writes.passed
+        disk.writes.open()
+        assert [(await peer.reply()).cookie for _ in range(201)] == [*range(1, 202)]
+        # The large one with its marks; and one more after each MAX_ATTEMPTS, for the sake of the others.
+        assert disk.writes.passed - passed <= 3 + 200 // export.MAX_ATTEMPTS
+        passed = disk.writes.passed
+        assert (await peer.run(CMD_WRITE, 0, payload=b"3" * 4096)).error == 0
+        assert disk.writes.passed == passed
+
+
 # Flushes
 
 

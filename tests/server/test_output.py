@@ -49,6 +49,7 @@ class Heard:
     room = 0
     lost = 0
     sending = 0
+    sent = 0
 
     def resume(self) -> None:
         self.on_room()
@@ -68,6 +69,9 @@ class Heard:
     def on_sending(self) -> None:
         self.sending += 1
 
+    def on_sent(self) -> None:
+        self.sent += 1
+
 
 @pytest.fixture
 def heard() -> Heard:
@@ -78,7 +82,9 @@ def heard() -> Heard:
 async def output(ends: tuple[socket.socket, socket.socket], buffers: Pool, heard: Heard) -> AsyncIterator[Output]:
     loop = asyncio.get_running_loop()
     account = Budget(MIB, loop).open(heard)
-    output = Output(ends[0], loop, Gather(), buffers, account, heard.on_room, heard.on_lost, heard.on_sending)
+    output = Output(
+        ends[0], loop, Gather(), buffers, account, heard.on_room, heard.on_lost, heard.on_sending, heard.on_sent
+    )
     yield output
     assert account.held == output.backlog
     output.close()
