@@ -136,6 +136,8 @@ def open_clone(fs: SimulatedFileSystem) -> Clone:
 class Campaign:
     """One seeded life of a clone, through several openings, with a look at torn states at every step of it."""
 
+    _others = 2  # how many writes, at most, are acknowledged together with one
+
     def __init__(self, seed: int, *, states_per_step: int = 3, errors: bool = True) -> None:
         self.seed = seed
         self.states = 0
@@ -279,7 +281,7 @@ class Campaign:
         """As a server does it: some writes, one after the other, and then they are acknowledged together."""
         self._write_now(offset, data)
         written = []
-        for _ in range(self._rng.randrange(3)):
+        for _ in range(self._rng.randint(0, self._others)):
             other = self._rng.randrange(*self._rng.choice(WINDOWS)) // SECTOR * SECTOR
             block = self._data(other, SECTOR)
             written.append(self._ledger.begin(other, block))

@@ -18,6 +18,7 @@ from simulated import PAGE, SECTOR, File, SimulatedFileSystem, pages
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import MAP_SLOTS, METADATA_SIZE, SEGMENT_SPAN, Delta
 from nbdclone.store.layer import BLOCK_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE
+from nbdclone.store.live import MARKS_AT
 
 CAMPAIGNS = int(os.environ.get("POWERCUT_CAMPAIGNS", "60"))
 FIRST_SEED = int(os.environ.get("POWERCUT_SEED", "0"))
@@ -51,6 +52,8 @@ def places(offset: int, length: int) -> set[int]:
 class FullDisk(Campaign):
     """A life on a disk with hardly any space, of which others take some, and give some back."""
 
+    _others = 0  # it is to be known which one is refused
+
     def __init__(self, seed: int, *, states_per_step: int = 2) -> None:
         super().__init__(seed, states_per_step=states_per_step, errors=False)
         self.refused = 0
@@ -79,7 +82,8 @@ class FullDisk(Campaign):
         noted = live.allocated if isinstance(live, File) else set()
         for block in range(offset // BLOCK_SIZE, -(-(offset + length) // BLOCK_SIZE)):
             segment, within = divmod(block, BLOCKS_PER_SEGMENT)
-            if segment + 1 not in noted and self._clone._owners_of(segment, False)[within] != self._clone._top:
+            # One page holds all the marks that there are here.
+            if MARKS_AT // PAGE not in noted and self._clone._owners_of(segment, False)[within] != self._clone._top:
                 return False
         return True
 
