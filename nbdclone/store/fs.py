@@ -97,8 +97,16 @@ class FileSystem:
 
         Whatever stands at a pool's names is not to be waited for (a FIFO) nor to be taken for data (a device).
         """
+        flags |= os.O_NOCTTY | os.O_CLOEXEC
         try:
-            fd = self.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            try:
+                fd = self.open(path, flags | os.O_NONBLOCK)
+            except BlockingIOError:
+                # A client of the NFS server here, or of Samba's, has leave to keep the file to itself: it is told to
+                # give that up, and the open waits for it, 45 s at most (man 5 proc, lease-break-time).
+                if not stat.S_ISREG(self.stat(path).st_mode):
+                    raise
+                fd = self.open(path, flags)
         except OSError as error:
             if error.errno not in _NO_FILE:
                 raise

@@ -17,6 +17,7 @@ import errno
 import fcntl
 import os
 import re
+import stat
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -65,21 +66,23 @@ class Mount(NamedTuple):
 
 def take(fd: int, *, shared: bool = False, wait: bool = False) -> None:
     """Take both locks. Raises BlockingIOError if somebody else has one and ``wait`` is not set, OSError."""
-    _take_whole(fd, shared, 0 if wait else fcntl.LOCK_NB)
+    remote = _take_whole(fd, shared, 0 if wait else fcntl.LOCK_NB)
     writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
     try:
         kind = fcntl.F_WRLCK if writable and not shared else fcntl.F_RDLCK
         fcntl.fcntl(fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, _RECORD.pack(kind, 0, _BYTE, 1, 0))
         if not shared and not writable:
-            _require_no_reader(fd)
+            _require_no_reader(fd, remote)
     except OSError as error:
         if error.errno in _CONFLICT:
+            fcntl.flock(fd, fcntl.LOCK_UN)  # or it would look as if we were the ones who have it
             raise BlockingIOError(errno.EAGAIN, "another machine has it") from None
         if error.errno not in _NO_LOCKS | {errno.EINVAL}:  # the flock is there
             raise
 
 
-def _take_whole(fd: int, shared: bool, flags: int) -> None:
+def _take_whole(fd: int, shared: bool, flags: int) -> bool:
+    """The flock. Was it shared where an exclusive one was asked for?"""
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | flags)
     except OSError as error:
@@ -88,13 +91,26 @@ def _take_whole(fd: int, shared: bool, flags: int) -> None:
         # NFS 4 gives an exclusive one only on what is open for writing, and an image never is. With a shared one no
         # writer comes; readers are looked for.
         fcntl.flock(fd, fcntl.LOCK_SH | flags)
+        return True
+    return False
 
 
-def _require_no_reader(fd: int) -> None:
+def _require_no_reader(fd: int, remote: bool) -> None:
     """Raises BlockingIOError if anybody else has so much as a shared lock: of two who ask, both are refused."""
+    if remote or _is_delegated(fd):
+        # A client of an NFS 4 server that was told to keep the file to itself does not tell the server of its locks.
+        # A change of the file's attributes calls that back, and waits until the client has told. (It costs the base a
+        # look at its content when it is opened the next time.)
+        os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode))
     found = _RECORD.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _RECORD.pack(fcntl.F_WRLCK, 0, _BYTE, 1, 0)))
     if found[0] != fcntl.F_UNLCK:
         raise BlockingIOError(errno.EAGAIN, "another machine has it")
+
+
+def _is_delegated(fd: int) -> bool:
+    """Was a client of the NFS server here told that it need not ask about this file?"""
+    status = os.fstat(fd)
+    return (status.st_dev, status.st_ino) in _lock_table(("DELEG", "LEASE"))
 
 
 def holder(fd: int) -> str:
@@ -113,12 +129,17 @@ def holder(fd: int) -> str:
 
 
 def holders() -> dict[tuple[int, int], int]:
-    """Who holds a flock on which file: (device, inode) to process id, as /proc/locks says (man 5 proc)."""
+    """Who holds a flock on which file: (device, inode) to process id."""
+    return _lock_table(("FLOCK",))
+
+
+def _lock_table(kinds: tuple[str, ...]) -> dict[tuple[int, int], int]:
+    """What /proc/locks says of these kinds of locks (man 5 proc): (device, inode) to process id."""
     found: dict[tuple[int, int], int] = {}
     with contextlib.suppress(OSError), open("/proc/locks", encoding="ascii") as table:
         for line in table:
             fields = line.split()  # "1: FLOCK ADVISORY WRITE 4711 fe:00:131 0 EOF"; "->" marks one that waits
-            if "->" not in fields and fields[1] == "FLOCK" and fields[5].count(":") == 2:  # not "<none>:0"
+            if "->" not in fields and fields[1] in kinds and fields[5].count(":") == 2:  # not "<none>:0"
                 major, minor, inode = fields[5].split(":")
                 found[os.makedev(int(major, 16), int(minor, 16)), int(inode)] = int(fields[4])
     return found
