@@ -151,23 +151,35 @@ def test_garbage_for_a_delta_is_refused_in_words_and_checked(sound: Pool, garbag
         assert not is_clean(list(check_pool(pool.path)))
 
 
-@given(garbage=st.binary(max_size=9000), believed=st.booleans(), failed=st.booleans(), grown=st.integers(0, 1 << 24))
+MARKS = st.tuples(st.one_of(st.integers(4096, 8191), st.integers(0, 1 << 24)), st.binary(min_size=1, max_size=200))
+
+
+@given(
+    garbage=st.binary(max_size=200),
+    marks=st.lists(MARKS, max_size=4),
+    believed=st.booleans(),
+    failed=st.booleans(),
+    grown=st.integers(0, 1 << 24),
+)
 @settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_garbage_for_what_a_killed_process_leaves_is_taken_as_marks_or_not_at_all(
-    sound: Pool, garbage: bytes, believed: bool, failed: bool, grown: int
+    sound: Pool, garbage: bytes, marks: list[tuple[int, bytes]], believed: bool, failed: bool, grown: int
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="nbdclone-test-") as directory:
         pool = copy_of(sound, Path(directory))
         fs, delta = FileSystem(), delta_of(pool)
         live = delta.with_name("live")
         live.write_bytes(garbage)
+        with open(live, "r+b") as target:
+            for place, data in marks:
+                os.pwrite(target.fileno(), data, place)
         if believed:  # as if this machine had written it just now, over the same inode
             with open(delta, "rb") as file, open(live, "r+b") as target:
                 delta_id = read_header(file.fileno(), str(delta)).id
                 fs.keep_in_memory(file.fileno())
                 inode = os.fstat(target.fileno()).st_ino
                 os.pwrite(target.fileno(), HEAD.pack(MAGIC, delta_id, failed, fs.boot_id(), inode), 0)
-                os.ftruncate(target.fileno(), len(garbage) + grown)
+                os.ftruncate(target.fileno(), max(live.stat().st_size, grown))
         pool.open_clone("web1").close()  # it tells nothing that could refuse a clone
         look_at(pool)
         assert is_clean(list(check_pool(pool.path)))
