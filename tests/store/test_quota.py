@@ -299,7 +299,7 @@ def test_after_a_change_that_was_cut_off_the_next_does_not_bring_back_what_was_b
     fs: SimulatedFileSystem, newer: int, quiet: None
 ) -> None:
     limited(fs, 5)
-    newest = replace(read_header_of(fs), quota=7 * PAGE)
+    newest = replace(read_header_of(fs), quota=50 * PAGE)
     newest = replace(newest, sequence=newest.sequence + 1)
     fd = fs.open(DELTA_PATH, os.O_RDWR)
     fs.pwrite(fd, newest.encode(), newer)
