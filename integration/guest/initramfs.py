@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 import subprocess
@@ -52,9 +53,15 @@ def write_initramfs(
     return path
 
 
-def libraries(executable: Path) -> list[Path]:
-    """The shared libraries and the loader that a program needs: none when it is static."""
-    ldd = subprocess.run(["ldd", str(executable)], check=False, capture_output=True, text=True, timeout=30)
+def libraries(executable: Path, search: str = "") -> list[Path]:
+    """The shared libraries and the loader that a program needs: none when it is static.
+
+    ``search``: directories, joined by colons, that come before the usual ones.
+    """
+    environment = {**os.environ, "LD_LIBRARY_PATH": search} if search else None
+    ldd = subprocess.run(
+        ["ldd", str(executable)], check=False, capture_output=True, text=True, timeout=30, env=environment
+    )
     return [Path(found) for found in re.findall(r"(/\S+) \(0x", ldd.stdout)]
 
 

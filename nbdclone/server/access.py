@@ -16,8 +16,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nbdclone.errors import InvalidName, UsageError
+from nbdclone.errors import InvalidName, StorageError, UsageError
 from nbdclone.server.peer import Peer, Subject, parse_subject
+from nbdclone.store.fs import FILE_SYSTEM
 from nbdclone.store.pool import validate_name
 
 # What makes a pattern of a name. None of it can be in a name.
@@ -92,9 +93,12 @@ def refused_by(rule: str, peer: Peer) -> str:
 def read_access(path: Path) -> Access:
     """The rules in a settings file; without the file there are none. Raises UsageError: file, key, what is wrong."""
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        with open(FILE_SYSTEM.open_file(path, os.O_RDONLY), encoding="utf-8") as file:
+            settings = tomllib.loads(file.read())
     except FileNotFoundError:
         return Access()
+    except StorageError as error:
+        raise UsageError(str(error)) from None
     except OSError as error:
         raise UsageError(f"{path}: {os.strerror(error.errno or 0)}") from None
     except (ValueError, RecursionError) as error:

@@ -8,7 +8,6 @@ leaves the clone alone.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +18,11 @@ from nbdclone.store.check_base import BaseExamination, Wishes, files_of_a_base
 from nbdclone.store.check_delta import Examination, linked_to, read_from_below
 from nbdclone.store.delta import Header, read_header
 from nbdclone.store.finding import NOTE, WRONG, Finding, Problem, Range
-from nbdclone.store.fs import FILE_SYSTEM, FileSystem, describe_process, lock_holders
+from nbdclone.store.fs import FILE_SYSTEM, FileSystem
 from nbdclone.store.image import BaseRecord, Progress, thaw_bases
 from nbdclone.store.live import FILE_NAME
-from nbdclone.store.pool import ENTRIES, is_name
+from nbdclone.store.locks import describe_process, holders, is_locked_directory
+from nbdclone.store.pool import ENTRIES, STAGING_LOCK, is_name
 from nbdclone.store.repair import KEPT, repair
 
 # A clone that is open elsewhere is looked at this often, this far apart: a page in flight is written in microseconds.
@@ -64,7 +64,7 @@ class _Check:
                 raise NotFound(f"there is no base or clone {name[:100]!r} in {path}")
         self._headers = self._read_headers()
         self._records = self._read_records()
-        self._locks = lock_holders()
+        self._locks = holders()
         self._whole = not names
         self._wanted_clones = [name for name in self._clone_names if not names or name in names]
         parents = {header.parent_id for name in self._wanted_clones if (header := self._headers.get(name))}
@@ -152,16 +152,7 @@ class _Check:
             yield Finding("", "unreadable", what, str(tmp), "check it as the owner of the pool", NOTE)
 
     def _is_abandoned(self, path: Path) -> bool:
-        if not path.is_dir() or path.is_symlink():
-            return False
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        finally:
-            os.close(fd)
-        return True
+        return path.is_dir() and not path.is_symlink() and not is_locked_directory(path, STAGING_LOCK)
 
     # Bases
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdclone.errors import InUse, StorageError
+from nbdclone.store import locks
 
 # From linux/falloc.h.
 FALLOC_FL_KEEP_SIZE = 0x01
@@ -96,8 +97,16 @@ class FileSystem:
 
         Whatever stands at a pool's names is not to be waited for (a FIFO) nor to be taken for data (a device).
         """
+        flags |= os.O_NOCTTY | os.O_CLOEXEC
         try:
-            fd = self.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            try:
+                fd = self.open(path, flags | os.O_NONBLOCK)
+            except BlockingIOError:
+                # A client of the NFS server here, or of Samba's, has leave to keep the file to itself: it is told to
+                # give that up, and the open waits for it, 45 s at most (man 5 proc, lease-break-time).
+                if not stat.S_ISREG(self.stat(path).st_mode):
+                    raise
+                fd = self.open(path, flags)
         except OSError as error:
             if error.errno not in _NO_FILE:
                 raise
@@ -230,24 +239,26 @@ class FileSystem:
         return (now.st_dev, now.st_ino) == (status.st_dev, status.st_ino)
 
     def lock(self, fd: int, path: str | Path, what: str, *, shared: bool = False) -> None:
-        """Take the advisory lock on an open file, or raise :class:`InUse` that names the holder.
+        """Take the advisory locks on an open file. Raises InUse that names the holder, StorageError if there are none.
 
         ``what`` begins the message: "clone 'web1'". The lock goes when the descriptor is closed or its process dies.
         """
         try:
-            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            locks.take(fd, shared=shared)
         except BlockingIOError:
-            status = os.fstat(fd)
-            pid = lock_holders().get((status.st_dev, status.st_ino))
-            holder = "another process" if pid is None else describe_process(pid)
-            raise InUse(f"{what} is in use by {holder} ({path})") from None
+            raise InUse(f"{what} is in use by {locks.holder(fd)} ({path})") from None
+        except OSError as error:
+            raise locks.no_locks(error, path) or error from None
 
     @contextlib.contextmanager
     def exclusively(self, path: str | Path) -> Iterator[None]:
         """Hold the lock file at ``path`` (made when missing), waiting for it: for critical sections that are short."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            try:
+                locks.take(fd, wait=True)
+            except OSError as error:
+                raise locks.no_locks(error, path) or error from None
             yield
         finally:
             os.close(fd)
@@ -326,32 +337,6 @@ def _boot_id() -> bytes:
         return uuid.UUID(_BOOT_ID.read_text(encoding="ascii").strip()).bytes
     except (OSError, ValueError):
         return os.urandom(16)  # no /proc: this process is like no other
-
-
-def lock_holders() -> dict[tuple[int, int], int]:
-    """Who holds a flock on which file: (device, inode) to process id, as /proc/locks says (man 5 proc)."""
-    holders: dict[tuple[int, int], int] = {}
-    with contextlib.suppress(OSError), open("/proc/locks", encoding="ascii") as table:
-        for line in table:
-            fields = line.split()  # "1: FLOCK ADVISORY WRITE 4711 fe:00:131 0 EOF"; "->" marks one that waits
-            if "->" not in fields and fields[1] == "FLOCK" and fields[5].count(":") == 2:  # not "<none>:0"
-                major, minor, inode = fields[5].split(":")
-                holders[os.makedev(int(major, 16), int(minor, 16)), int(inode)] = int(fields[4])
-    return holders
-
-
-def describe_process(pid: int) -> str:
-    """A process in words, for a message: its number and its command line."""
-    if pid <= 0:  # a process of another namespace: the kernel does not say which
-        return "a process in another container"
-    if pid == os.getpid():
-        return f"this process ({pid})"
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            words = " ".join(file.read().replace(b"\0", b" ").decode(errors="replace").split())
-    except OSError:
-        return f"process {pid}"
-    return f"process {pid} ({words[:100]})" if words else f"process {pid}"
 
 
 FILE_SYSTEM = FileSystem()

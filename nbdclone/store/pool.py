@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import re
 import time
@@ -37,12 +38,17 @@ from nbdclone.errors import (
 )
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta, Header, change_header, read_header
-from nbdclone.store.fs import FILE_SYSTEM, FileSystem, describe_process, lock_holders
+from nbdclone.store.fs import FILE_SYSTEM, FileSystem
 from nbdclone.store.image import BaseRecord, Identity, Image, Progress, thaw, thaw_bases
 from nbdclone.store.importing import import_image
 from nbdclone.store.layer import BLOCK_SIZE, MAX_SIZE, MIN_SIZE, SECTOR_SIZE
+from nbdclone.store.locks import describe_process, holders, is_locked_directory, mount_of, require_locks, take
+
+logger = logging.getLogger("nbdclone")
 
 _SETTINGS = "settings.toml"
+# Held, in a directory of ``.tmp``, by whoever makes something there.
+STAGING_LOCK = ".lock"
 # What is in a pool's directory.
 ENTRIES = {"bases", "clones", _SETTINGS, ".lock", ".server", ".tmp"}
 # Names are directory names and export names, are typed by people and pasted into URIs. '@' and '+' are kept free.
@@ -117,9 +123,10 @@ class Pool:
     def open(cls, path: str | os.PathLike[str], *, create: bool = False, fs: FileSystem = FILE_SYSTEM) -> Pool:
         """Open the pool at ``path``; with ``create`` a missing or empty directory is made one.
 
-        Raises NotFound, UsageError if the directory is something else, OSError.
+        Raises NotFound, UsageError if the directory is something else, or on a mount whose locks do not hold, OSError.
         """
         pool = cls(Path(path), fs)
+        require_locks(next(place for place in (pool.path, *pool.path.absolute().parents) if place.exists()))
         if pool._bases.is_dir() and pool._clones.is_dir():
             return pool
         if not create:
@@ -200,6 +207,8 @@ class Pool:
                     self._fs.sync_directory(staging / name)
                 with self._changing():
                     self._require_free(names)
+                    if not self._fs.still_there(base.directory / "image", self._fs.fstat(base.fd)):
+                        raise NotFound(f"base '{source}' was removed just now")  # by another machine: see _hold
                     # Each is whole and durable already: a power cut in between leaves some of them, and no half one.
                     self._rename_all([(staging / name, self._clones / name) for name in names])
                 self._fs.sync_directory(self._clones)
@@ -230,7 +239,9 @@ class Pool:
         """
         names = list(dict.fromkeys(names))
         self._tmp.mkdir(exist_ok=True)
+        going: list[tuple[Path, Path]] = []
         with contextlib.ExitStack() as held:
+            held.callback(self._discard, going)  # once more when it is closed: NFS does not remove what is open
             with self._changing():
                 self._clear_leftovers()
                 places = [self._place(name) for name in names]
@@ -243,14 +254,19 @@ class Pool:
                 # Clones before bases: a power cut in between leaves no clone without its base. Straight into ``.tmp``,
                 # without a directory of our own: that would take a block, and the disk may have none.
                 places.sort(key=lambda place: place.parent == self._bases)
-                going = [(place, self._tmp / uuid.uuid4().hex) for place in places]
-                self._rename_all(going)
-            try:
+                pairs = [(place, self._tmp / uuid.uuid4().hex) for place in places]
+                self._rename_all(pairs)
+                going += pairs
+                held.callback(self._discard, going)
+                # Before another machine takes it for what the dead have left: else a power cut may bring a name back
+                # when half of its files are gone.
                 self._fs.sync_directory(self._clones)
                 self._fs.sync_directory(self._bases)
-            finally:
-                for _, trash in going:
-                    self._fs.remove_tree(trash, ignore_errors=True)
+
+    def _discard(self, going: Sequence[tuple[Path, Path]]) -> None:
+        for _, trash in going:
+            if trash.exists():
+                self._fs.remove_tree(trash, ignore_errors=True)
 
     # Looking
 
@@ -266,7 +282,7 @@ class Pool:
         for name in base_names:
             with contextlib.suppress(NBDCloneError):
                 bases[BaseRecord.load(self._bases / name / "base.json").id] = name
-        locks = lock_holders()
+        locks = holders()
         clones = [self._clone_info(name, bases, locks) for name in sorted(self._names_in(self._clones))]
         for clone in clones:
             children.setdefault(clone.parent, []).append(clone.name)
@@ -301,6 +317,12 @@ class Pool:
     @contextlib.contextmanager
     def served(self) -> Iterator[None]:
         """Be the pool's server. Raises InUse that names the one there is."""
+        mount = mount_of(os.stat(self.path).st_dev)
+        if mount is not None and mount.locks_are_unknown:
+            logger.warning(
+                "pool %s is on %s (%s): nothing says whether its locks keep other machines away; use it from one alone",
+                self.path, mount.point, mount.kind,
+            )  # fmt: skip
         path = self.path / ".server"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -367,27 +389,24 @@ class Pool:
         with self._changing():
             self._clear_leftovers()
             self._fs.mkdir(path)
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            # A file: NFS gives no lock on a directory that another machine would see.
+            fd = os.open(path / STAGING_LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            take(fd)
         try:
             yield path
         finally:
+            os.close(fd)  # first: NFS does not remove what is open
             thaw_bases(self._fs, path)
             self._fs.remove_tree(path, ignore_errors=True)
-            os.close(fd)
 
     def _clear_leftovers(self) -> None:
         """Remove what processes that died left in ``.tmp``: what nobody holds a lock on."""
         for name in os.listdir(self._tmp):
             path = self._tmp / name
             with contextlib.suppress(OSError):
-                fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not is_locked_directory(path, STAGING_LOCK):
                     thaw_bases(self._fs, path)
                     self._fs.remove_tree(path, ignore_errors=True)
-                finally:
-                    os.close(fd)
 
     @contextlib.contextmanager
     def _no_space_left(self, what: str) -> Iterator[None]:

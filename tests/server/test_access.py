@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import struct
@@ -11,7 +12,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import BASE, PATIENCE_S, Peer, connect, connect_from, go_data, option, serving, until, where
 
@@ -216,8 +217,63 @@ def test_settings_that_are_no_text_or_no_file_are_refused(tmp_path: Path) -> Non
     (tmp_path / "settings.toml").write_bytes(b"\xff")
     with pytest.raises(UsageError, match=r"settings\.toml: 'utf-8' codec"):
         read_access(tmp_path / "settings.toml")
-    with pytest.raises(UsageError, match=f"{tmp_path}: Is a directory"):
+    with pytest.raises(UsageError, match=rf"{tmp_path}: cannot be opened \(not a regular file\)"):
         read_access(tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UsageError, match=r"fifo: cannot be opened \(not a regular file\)"):
+        read_access(tmp_path / "fifo")
+
+
+# What is nearly right: the words that are known, in any place, and values of any kind.
+KEYS = st.sampled_from(["access", "subjects", "networks", "uids", "x", "web*", "[", "*", "a.b", ""])
+VALUES = st.recursive(
+    st.one_of(
+        st.integers(-(1 << 70), 1 << 70),
+        st.booleans(),
+        st.sampled_from(
+            ['"CN=x"', '"10.0.0.0/8"', '"10.0.0.1/8"', '"::1%lo"', '"root"', '"CN=\\\\zz"', '""', "nan", "1e999"]
+        ),
+        st.text(max_size=20).map(json.dumps),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3).map(lambda values: f"[{', '.join(map(_toml, values))}]"),
+        st.lists(st.tuples(KEYS, inner), max_size=3).map(
+            lambda pairs: "{" + ", ".join(f"{json.dumps(key)} = {_toml(value)}" for key, value in pairs) + "}"
+        ),
+    ),
+    max_leaves=12,
+)
+
+
+def _toml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@given(
+    st.one_of(
+        st.binary(max_size=300),
+        st.text(alphabet='[]{}=".#\n,\\access.xuidnetworksubj10:/*', max_size=200).map(str.encode),
+        st.lists(st.tuples(KEYS, VALUES), max_size=4).map(
+            lambda lines: "\n".join(f"{json.dumps(key)} = {_toml(value)}" for key, value in lines).encode()
+        ),
+    )
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_settings_are_understood_or_refused_in_a_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_bytes(content)
+    said = f"{path}: "
+    try:
+        read_access(path).refusing_rule("x", tcp("192.0.2.1", "CN=x"))
+    except UsageError as error:
+        said = str(error)
+    assert said.startswith(f"{path}: ")
+    assert "\n" not in said
+
+
+def test_settings_nested_without_end_are_refused_in_a_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"settings\.toml: "):
+        access(tmp_path, "x = " + "[" * 100_000)
 
 
 def test_without_the_file_everything_is_open(tmp_path: Path) -> None:

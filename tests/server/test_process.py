@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import resource
@@ -19,8 +20,9 @@ import pytest
 from serving import BASE, CLONES, MIB, PATIENCE_S, Hasty, Peer, make_pool
 
 from nbdclone.client import Client
-from nbdclone.errors import ServerRefused
+from nbdclone.errors import InUse, ServerRefused
 from nbdclone.protocol.wire import CMD_READ, CMD_WRITE
+from nbdclone.store.delta import HEADER_SLOTS
 from nbdclone.store.pool import Pool
 
 
@@ -135,6 +137,66 @@ def test_a_second_server_of_the_pool_names_the_first(pool: Pool, tmp_path: Path)
         assert f"pool {pool.path} is in use by process {process.pid} (" in said
         assert not (tmp_path / "two").exists()
         assert end(process) == (0, "")
+
+
+def test_a_second_server_says_so_in_one_exact_line_and_exits_1(pool: Pool, tmp_path: Path) -> None:
+    with program(pool.path, "--socket", tmp_path / "one") as process:
+        ready(process)
+        shown = f"{sys.executable} -m nbdclone --pool {pool.path} serve --socket {tmp_path / 'one'}"[:100]
+        assert refused(pool.path, "--socket", tmp_path / "two") == (
+            f"nbdclone: pool {pool.path} is in use by process {process.pid} ({shown}) ({pool.path}/.server)\n"
+        )
+
+
+def test_a_server_that_was_killed_leaves_nothing_in_the_way_of_the_next(pool: Pool, tmp_path: Path) -> None:
+    for _ in range(3):
+        with program(pool.path, "--socket", tmp_path / "sock") as process:
+            ready(process)
+            process.kill()
+    pool.open_clone("web1").close()
+
+
+def spoil(path: Path, offset: int) -> None:
+    with open(path, "r+b") as file:
+        os.pwrite(file.fileno(), b"rotten", offset)
+
+
+async def test_beside_a_server_that_has_a_clone_open_each_command_is_done_or_refused(
+    pool: Pool, tmp_path: Path
+) -> None:
+    path = tmp_path / "nbd.sock"
+    (tmp_path / "new.raw").write_bytes(BASE)
+
+    async def command(*args: str | Path) -> tuple[int | None, str]:
+        line = (sys.executable, "-m", "nbdclone", "--pool", str(pool.path), *map(str, args))
+        running = await asyncio.create_subprocess_exec(*line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        out, err = await asyncio.wait_for(running.communicate(), PATIENCE_S)
+        return running.returncode, (err or out).decode()
+
+    with program(pool.path, "--socket", path) as process:
+        ready(process)
+        who = f"in use by process {process.pid} \\("
+        async with await Client.connect(str(path), "web1") as client:
+            await client.pwrite(b"x" * 4096, 0)
+            with pytest.raises(InUse, match=f"^clone 'web1' is {who}"):
+                pool.open_clone("web1")
+            with pytest.raises(InUse, match=f"^base 'base' is {who}"), pool._fs.exclusively(pool.path / ".lock"):
+                pool._hold("base", pool.path / "bases" / "base", contextlib.ExitStack())
+            status, said = await command("rm", "web1")
+            assert status == 1
+            assert re.match(f"nbdclone: clone 'web1' is {who}", said)
+            spoil(pool.path / "clones" / "web1" / "delta", HEADER_SLOTS[1] + 100)
+            status, said = await command("check", "--repair", "web1")
+            assert status == 1
+            assert re.search(f"web1: .*{who}.*it is not repaired while it is open", said)
+            assert (await command("quota", "web1", "1G"))[0] == 0
+            assert (await command("import", tmp_path / "new.raw"))[0] == 0
+            assert (await command("clone", "base", "web9"))[0] == 0
+            assert (await command("rm", "web9", "new"))[0] == 0
+            assert await client.pread(4096, 0) == b"x" * 4096
+        assert end(process)[0] == 0
+    with pool.open_clone("web1") as clone:
+        assert clone.pread(4096, 0) == b"x" * 4096
 
 
 def test_where_it_cannot_listen_it_says_so_in_a_line(pool: Pool, tmp_path: Path) -> None:

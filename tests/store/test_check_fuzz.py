@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 
 from nbdclone.errors import NBDCloneError
 from nbdclone.store.check import check_pool, is_clean
-from nbdclone.store.delta import HEADER_SLOTS, MAP_SLOTS, PAGE_SIZE
+from nbdclone.store.delta import HEADER_SLOTS, MAP_SLOTS, PAGE_SIZE, read_header
+from nbdclone.store.fs import FileSystem
+from nbdclone.store.live import HEAD, MAGIC
 from nbdclone.store.pool import Pool
 
 
@@ -147,6 +149,40 @@ def test_garbage_for_a_delta_is_refused_in_words_and_checked(sound: Pool, garbag
             os.truncate(delta_of(pool), max(pad, len(garbage)))
         look_at(pool)
         assert not is_clean(list(check_pool(pool.path)))
+
+
+MARKS = st.tuples(st.one_of(st.integers(4096, 8191), st.integers(0, 1 << 24)), st.binary(min_size=1, max_size=200))
+
+
+@given(
+    garbage=st.binary(max_size=200),
+    marks=st.lists(MARKS, max_size=4),
+    believed=st.booleans(),
+    failed=st.booleans(),
+    grown=st.integers(0, 1 << 24),
+)
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_garbage_for_what_a_killed_process_leaves_is_taken_as_marks_or_not_at_all(
+    sound: Pool, garbage: bytes, marks: list[tuple[int, bytes]], believed: bool, failed: bool, grown: int
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="nbdclone-test-") as directory:
+        pool = copy_of(sound, Path(directory))
+        fs, delta = FileSystem(), delta_of(pool)
+        live = delta.with_name("live")
+        live.write_bytes(garbage)
+        with open(live, "r+b") as target:
+            for place, data in marks:
+                os.pwrite(target.fileno(), data, place)
+        if believed:  # as if this machine had written it just now, over the same inode
+            with open(delta, "rb") as file, open(live, "r+b") as target:
+                delta_id = read_header(file.fileno(), str(delta)).id
+                fs.keep_in_memory(file.fileno())
+                inode = os.fstat(target.fileno()).st_ino
+                os.pwrite(target.fileno(), HEAD.pack(MAGIC, delta_id, failed, fs.boot_id(), inode), 0)
+                os.ftruncate(target.fileno(), max(live.stat().st_size, grown))
+        pool.open_clone("web1").close()  # it tells nothing that could refuse a clone
+        look_at(pool)
+        assert is_clean(list(check_pool(pool.path)))
 
 
 def copy_of(pool: Pool, directory: Path) -> Pool:

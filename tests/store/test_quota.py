@@ -7,6 +7,7 @@ import logging
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -291,6 +292,26 @@ def test_a_power_cut_while_the_quota_is_changed_leaves_the_old_one_or_the_new(
     assert steps == ["write", "sync", "write", "sync"]
     for seed in range(20):
         assert read_header_of(fs.crash(random.Random(seed))).quota == new
+
+
+@pytest.mark.parametrize("newer", HEADER_SLOTS)
+def test_after_a_change_that_was_cut_off_the_next_does_not_bring_back_what_was_before(
+    fs: SimulatedFileSystem, newer: int, quiet: None
+) -> None:
+    limited(fs, 5)
+    newest = replace(read_header_of(fs), quota=50 * PAGE)
+    newest = replace(newest, sequence=newest.sequence + 1)
+    fd = fs.open(DELTA_PATH, os.O_RDWR)
+    fs.pwrite(fd, newest.encode(), newer)
+    fs.close(fd)
+    fs.tree.make_durable()
+
+    def look(what: str) -> None:
+        for seed in range(50):
+            assert read_header_of(fs.crash(random.Random(seed))).quota in (newest.quota, 99 * PAGE)
+
+    fs.on_step = look
+    change_header(DELTA_PATH, fs, quota=99 * PAGE)
 
 
 @pytest.mark.parametrize("slot", HEADER_SLOTS)
