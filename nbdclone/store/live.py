@@ -92,7 +92,9 @@ class LiveMap:
             self.discard()
             return
         (start,) = START.unpack_from(page, START_AT)
-        for mark in self._read_marks(fd, max(start, MARKS_AT)):
+        if start % MARK_SIZE or not MARKS_AT <= start <= self._fs.fstat(fd).st_size:
+            start = MARKS_AT  # a mark too many does no harm
+        for mark in self._read_marks(fd, start):
             yield mark >> COUNT_BITS, mark & (1 << COUNT_BITS) - 1
 
     def _read_marks(self, fd: int, start: int) -> Iterator[int]:

@@ -255,6 +255,15 @@ def test_more_marks_than_are_read_at_once_are_all_there(pool: Pool, monkeypatch:
         assert has_all(clone)
 
 
+@pytest.mark.parametrize("start", [0, 4097, 1 << 30, (1 << 64) - 8])
+def test_a_beginning_of_the_marks_that_makes_no_sense_leaves_none_out(pool: Pool, start: int) -> None:
+    live = killed(pool)
+    with open(live, "r+b") as file:
+        os.pwrite(file.fileno(), start.to_bytes(8, "big"), 64)
+    with pool.open_clone("web1") as clone:
+        assert has_all(clone)
+
+
 def test_several_writes_are_noted_at_once_and_a_flush_covers_them(pool: Pool) -> None:
     live = pool.path / "clones" / "web1" / "live"
     with pool.open_clone("web1") as clone:
