@@ -18,7 +18,7 @@ from integration.bench.drivers import DriverFailed, parse_fio, parse_qemu_img
 from integration.bench.floors import RawServer
 from integration.bench.peer import PeerFailed
 from integration.bench.peers import all_peers
-from integration.bench.processes import PeakMemory, cpu_seconds, memory_mb, process_tree
+from integration.bench.processes import PeakMemory, cpu_seconds, has_not_ended, memory_mb, process_tree
 from integration.bench.workloads import QUICK, WORKLOADS
 from integration.packages import program, require
 from integration.served import REPOSITORY
@@ -213,6 +213,14 @@ def test_a_process_that_is_not_there_has_no_cpu_time() -> None:
         process.wait()
     with pytest.raises(ProcessLookupError):
         cpu_seconds(process.pid)
+
+
+def test_a_zombie_has_ended() -> None:
+    assert has_not_ended(os.getpid())
+    with subprocess.Popen(["true"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert not has_not_ended(process.pid)
+    assert not has_not_ended(process.pid)
 
 
 def test_threads_that_come_and_go_do_not_disturb_the_reading() -> None:

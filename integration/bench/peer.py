@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from integration.bench.processes import has_not_ended
 from integration.bench.workloads import Transport, Workload
 
 READY_DEADLINE_S = 30.0
@@ -199,7 +200,7 @@ def _free_port() -> int:
 
 
 def _is_running(process: subprocess.Popen[bytes], pid: int) -> bool:
-    return process.poll() is None if pid == process.pid else Path(f"/proc/{pid}").exists()
+    return process.poll() is None if pid == process.pid else has_not_ended(pid)
 
 
 def _end(process: subprocess.Popen[bytes], pid: int) -> None:

@@ -80,6 +80,14 @@ def _threads(pid: int) -> list[Path]:
         raise _Changed from None
 
 
+def has_not_ended(pid: int) -> bool:
+    """Does it run? Also for a process that is nobody's here, which its parent may leave a zombie for a while."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except _ENDED:
+        return False
+
+
 class PeakMemory:
     """The most memory that processes had together while the block ran, in MB: of samples, and of the end.
 
