@@ -48,7 +48,7 @@ integration: $(STAMP) ## the tests with other people's programs
 	$(BIN)/pytest integration
 
 bench: $(STAMP) ## nbdclone beside other servers; docs/benchmarks.md says how to read it
-	$(BIN)/python -m integration.bench --cost $(ARGS)
+	$(BIN)/python -m integration.bench $(or $(ARGS),--cost)
 
 powercut: $(STAMP) ## a longer campaign of simulated power cuts; docs/durability.md and check.md have the counts
 	POWERCUT_CAMPAIGNS=900 POOL_STATES_PER_STEP=300 CHECK_CAMPAIGNS=30 $(BIN)/pytest -rP --timeout 3600 \

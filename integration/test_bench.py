@@ -7,14 +7,14 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from integration.bench import processes
+from integration.bench import drivers, measure, processes
 from integration.bench.cost import measure_costs
-from integration.bench.drivers import DriverFailed, parse_fio, parse_qemu_img
+from integration.bench.drivers import DriverFailed, Load, parse_fio, parse_qemu_img
 from integration.bench.floors import RawServer
 from integration.bench.peer import PeerFailed
 from integration.bench.peers import all_peers
@@ -120,6 +120,33 @@ def test_raw_server_in_c_keeps_what_is_written_and_answers_errors(tmp_path: Path
             nbdcopy(server.uris[0], tmp_path / "back.raw")
             assert (tmp_path / "back.raw").read_bytes() == raw.image.read_bytes() == new.read_bytes()
     assert base.read_bytes() != new.read_bytes()
+
+
+def test_a_chain_has_all_its_layers_and_is_served_as_it_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require("fio", "qemu-utils")
+    monkeypatch.setattr(measure, "LAYERS", 3)
+    (peer,) = [it for it in all_peers() if it.name == "qemu-nbd"]
+    (workload,) = [it for it in WORKLOADS if it.name == "chain-read-256k-4"]
+    base = tmp_path / "base.raw"
+    base.write_bytes(bytes(4 << 20))
+    (own := tmp_path / "own").mkdir()
+    peer.prepare(base, own, tmp_path)
+    (turn := tmp_path / "turn").mkdir()
+    measure.build_chain(peer, workload, Load(4 << 20, 0.2, base), turn)
+    info = [program("qemu-img"), "info", "--backing-chain", "--output=json", str(own / "layer2.qcow2")]
+    images = json.loads(subprocess.run(info, check=True, capture_output=True, timeout=60).stdout)
+    assert [Path(image["filename"]).name for image in images] == [
+        *(f"layer{number}.qcow2" for number in (2, 1, 0)),
+        "base.raw",
+    ]
+    # All hold something: one that holds nothing has 192 KiB of tables.
+    assert all(image["actual-size"] > 1 << 20 for image in images[:-1])
+    with peer.serving(turn, workload) as server:
+        assert len(server.uris) == 1
+        nbdcopy(server.uris[0], tmp_path / "seen.raw")
+    assert (tmp_path / "seen.raw").read_bytes() != base.read_bytes()
 
 
 def nbdcopy(source: str | Path, target: str | Path, *options: str) -> None:
@@ -235,7 +262,40 @@ def test_threads_that_come_and_go_do_not_disturb_the_reading() -> None:
         process.communicate(b".")
 
 
-# What the drivers say
+# The drivers
+
+
+def test_fio_is_told_what_the_workload_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Sequence[str]] = []
+
+    def execute(command: Sequence[str], load: Load) -> str:
+        told.append(command)
+        return json.dumps(fio_report(write_us=1, sync_us=1))
+
+    monkeypatch.setattr(drivers, "execute", execute)
+    of = {workload.name: workload for workload in WORKLOADS}
+    load = Load(1 << 30, 1.5, Path("image"))
+    for name in ("randread-4k-16", "first-randwrite-4k-16", "syncwrite16-4k-16", "connections4-randread-4k-16"):
+        drivers.run_fio(["nbd://one"], of[name], load)
+    drivers.run_fio(["nbd://one", "nbd://two"], of["clones8-randread-4k-16"], load)
+    plain, first, synced, connections, clones = told
+    assert {"--rw=randread", "--bs=4096", "--iodepth=16", "--time_based", "--runtime=1500ms"} <= set(plain)
+    assert {"--norandommap", "--numjobs=1", "--uri=nbd://one", "--size=1073741824"} <= set(plain)
+    assert not {"--time_based", "--norandommap"} & set(first), "a block may be written twice"
+    assert "--fsync=16" in synced
+    assert "--numjobs=4" in connections
+    assert [word for word in clones if word.startswith("--uri=")] == ["--uri=nbd://one", "--uri=nbd://two"]
+    # What stands before the first job is for all of them.
+    assert clones.index("--group_reporting") < clones.index("--name=load0") < clones.index("--name=load1")
+
+
+def test_a_driver_that_fails_or_does_not_end_says_which_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = Load(1 << 20, 0.1, Path("image"))
+    with pytest.raises(DriverFailed, match="sh exited with status 3: oh"):
+        drivers.execute(["sh", "-c", "echo oh >&2; exit 3"], load)
+    monkeypatch.setattr(drivers, "GRACE_S", 0.2)
+    with pytest.raises(DriverFailed, match="sleep was killed"):
+        drivers.execute(["sleep", "60"], load)
 
 
 def test_lines_before_the_json_of_fio_are_skipped_and_a_synced_latency_is_that_of_the_flush() -> None:

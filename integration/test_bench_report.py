@@ -183,6 +183,13 @@ def test_the_chart_has_the_lines_that_were_measured_and_the_servers_of_clones() 
     assert draw([]) == ""
 
 
+@pytest.mark.parametrize(("workload", "hollow"), [("randread-4k-16", False), ("randwrite-4k-16", True)])
+def test_writes_without_a_durable_flush_are_another_work_and_reads_are_not(workload: str, hollow: bool) -> None:
+    rounds = {"qemu-nbd": [100.0], "nbdkit cow": [300.0]}
+    (line,) = chart_lines(results_of(rounds, workload))
+    assert [bar.not_durable for bar in line.bars] == [False, hollow]
+
+
 # The page
 
 
