@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,15 +111,16 @@ def test_raw_server_in_c_keeps_what_is_written_and_answers_errors(tmp_path: Path
     (own := tmp_path / "own").mkdir()
     raw = RawServer()
     raw.prepare(base, own, tmp_path)
-    for workload in (it for it in WORKLOADS if it.name in ("randwrite-4k-1", "tcp-randread-4k-1")):
-        (turn := tmp_path / workload.name).mkdir()
+    (writing,) = [it for it in WORKLOADS if it.name == "randwrite-4k-1"]
+    for workload in (writing, replace(writing, transport="tcp")):
+        (turn := tmp_path / workload.transport).mkdir()
         with raw.serving(turn, workload) as server:
             verify = ["--rw=randwrite", "--bsrange=512-1m", "--iodepth=16", "--size=8m", "--verify=crc32c"]
             load = ["--name=v", "--ioengine=nbd", f"--uri={server.uris[0]}"]
             subprocess.run([program("fio"), *load, *verify], check=True, capture_output=True, cwd=tmp_path, timeout=60)
             nbdcopy(new, server.uris[0], "--flush")
             nbdcopy(server.uris[0], tmp_path / "back.raw")
-            assert (tmp_path / "back.raw").read_bytes() == raw.image.read_bytes() == new.read_bytes()
+            assert (tmp_path / "back.raw").read_bytes() == new.read_bytes()
     assert base.read_bytes() != new.read_bytes()
 
 

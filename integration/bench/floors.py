@@ -1,8 +1,9 @@
 """Servers that have no clones: what the machine and the protocol leave room for. No peer is measured by them.
 
-``raw`` is our own, in C: one raw file, as little as an NBD server can be. Its file is a copy of the base, made once, so
-that each write goes to a block that is there: it is spared what a first write costs a server of clones. nbdkit's
-``null`` reads zeros and forgets what is written, its ``memory`` keeps that in memory.
+``raw`` is our own, in C: one raw file, as little as an NBD server can be. It reads the base itself, and writes to a
+copy made once, in which each write goes to a block that is there and to a page that is cached: it is spared what a
+first write costs a server of clones. nbdkit's ``null`` reads zeros and forgets what is written, its ``memory`` keeps
+that in memory.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from integration.bench.machine import chill, warm
 from integration.bench.peer import Peer, PeerFailed, Place, first_line
 from integration.bench.workloads import Workload
 from integration.packages import program
@@ -32,7 +34,7 @@ class _Floor(Peer):
 
 
 class RawServer(_Floor):
-    """raw_server.c over a copy of the base."""
+    """raw_server.c over the base, or over a copy of it where something is written."""
 
     name = "raw"
     programs = ("cc",)
@@ -43,14 +45,15 @@ class RawServer(_Floor):
         self._program = directory / "raw_server"
         compile_raw_server(self._program)
         self._copy = copy_image(base, directory / "copy.raw")
-
-    @property
-    def image(self) -> Path:
-        return self._copy
+        chill(self._copy)
 
     def command(self, directory: Path, exports: Sequence[str], place: Place, workload: Workload) -> list[str]:
-        # A guest has to find its disk as it was.
-        image = copy_image(self.base, directory / "copy.raw") if workload.is_real else self._copy
+        image = self.base
+        if workload.is_real:  # a guest has to find its disk as it was
+            image = copy_image(self.base, directory / "copy.raw")
+        elif workload.writes:
+            image = self._copy
+            warm(image, in_pages=True)
         address = str(place.socket) if place.transport == "unix" else str(place.port)
         return [str(self._program), str(image), place.transport, address]
 
