@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from integration.bench import page
-from integration.bench.chart import LINES, Bar, Line, chart_lines, draw
+from integration.bench.chart import LEFT, LINES, Bar, Line, chart_lines, draw
 from integration.bench.cost import Cost
 from integration.bench.goals import ALL, DURABLE, GOALS, ONLY, best_verdicts, named_verdicts
 from integration.bench.machine import Machine
@@ -158,12 +158,20 @@ def test_real_work_is_told_in_seconds() -> None:
 def test_a_bar_is_as_long_as_its_ratio_and_hollow_where_the_writes_are_not_durable() -> None:
     drawn = draw([Line("<a line>", [Bar("nbdclone", 4.0), Bar("qemu-nbd", 1.0), Bar("nbdkit cow", 2.0, True)])])
     svg = ElementTree.fromstring(drawn)
-    rects = [it for it in svg.iter("{http://www.w3.org/2000/svg}rect") if it.get("x") == "300"]
+    rects = [it for it in svg.iter("{http://www.w3.org/2000/svg}rect") if it.get("x") == str(LEFT)]
     widths = [float(rect.get("width", "0")) for rect in rects]
     assert widths[0] == pytest.approx(4 * widths[1])
     assert widths[2] == pytest.approx(2 * widths[1])
     assert [rect.get("fill") == "none" for rect in rects] == [False, False, True]
     assert any(text.text == "<a line>" for text in svg.iter("{http://www.w3.org/2000/svg}text"))
+
+
+def test_a_hollow_bar_is_cut_off_where_the_longest_other_ends_and_says_so() -> None:
+    drawn = draw([Line("synced", [Bar("nbdclone", 4.0), Bar("qemu-nbd", 1.0), Bar("nbdkit cow", 18.3, True)])])
+    svg = ElementTree.fromstring(drawn)
+    widths = [it.get("width") for it in svg.iter("{http://www.w3.org/2000/svg}rect") if it.get("x") == str(LEFT)]
+    assert widths[0] == widths[2]
+    assert any(text.text == "→ 18.3" for text in svg.iter("{http://www.w3.org/2000/svg}text"))
 
 
 def test_everything_in_the_chart_is_within_its_frame() -> None:

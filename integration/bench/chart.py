@@ -20,9 +20,10 @@ LINES = (
 COLOURS = {SUBJECT: "#2f81f7", REFERENCE: "#8b949e"}
 OTHERS = ("#bf8700", "#a371f7", "#2da44e", "#d1588e")
 TEXT, RULE = "#768390", "#76839055"
-WIDTH, LEFT, RIGHT = 860, 300, 60
+WIDTH, LEFT, RIGHT = 880, 340, 60
 BAR, GAP, PAD = 10, 2, 10  # the height of a bar, between bars, between lines
-HEADER, FOOTER = 52, 24
+HEADER, FOOTER = 52, 30
+LEAST_AXIS = 2.0
 FONT = "font-family='system-ui, sans-serif' font-size='12'"
 
 
@@ -64,8 +65,9 @@ def draw(lines: Sequence[Line], subtitle: str = "") -> str:
     servers = list(dict.fromkeys(bar.server for line in lines for bar in line.bars))
     others = iter(OTHERS * len(servers))
     colour = {server: COLOURS.get(server) or next(others) for server in servers}
-    greatest = max(bar.ratio for line in lines for bar in line.bars)
-    scale = (WIDTH - LEFT - RIGHT) / max(greatest, 1.0)
+    # As long as the longest of those that do the same work; a hollow bar that is longer is cut off.
+    greatest = max([LEAST_AXIS, *(bar.ratio for line in lines for bar in line.bars if not bar.not_durable)])
+    scale = (WIDTH - LEFT - RIGHT) / greatest
     heights = [len(line.bars) * (BAR + GAP) + PAD for line in lines]
     bottom = HEADER + sum(heights)
     title = f"Requests per second, as a ratio to {REFERENCE}"
@@ -82,19 +84,20 @@ def draw(lines: Sequence[Line], subtitle: str = "") -> str:
         parts.append(f"<text x='{LEFT - 8}' y='{middle + 4:.0f}' text-anchor='end' fill='{TEXT}'>"
                      f"{escape(line.title)}</text>")  # fmt: skip
         for number, bar in enumerate(line.bars):
-            parts += _bar(bar, top + number * (BAR + GAP), scale, colour[bar.server])
+            parts += _bar(bar, top + number * (BAR + GAP), scale, greatest, colour[bar.server])
         top += height
     if subtitle:
         parts.append(f"<text x='0' y='{bottom + FOOTER - 6}' fill='{TEXT}' font-size='10'>{escape(subtitle)}</text>")
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _bar(bar: Bar, y: float, scale: float, colour: str) -> Iterator[str]:
-    width = bar.ratio * scale
+def _bar(bar: Bar, y: float, scale: float, greatest: float, colour: str) -> Iterator[str]:
+    width = min(bar.ratio, greatest) * scale
+    figure = f"{bar.ratio:.2f}" if bar.ratio <= greatest else f"→ {bar.ratio:.1f}"
     # Hollow: not the same work.
     paint = f"fill='none' stroke='{colour}'" if bar.not_durable else f"fill='{colour}'"
     yield f"<rect x='{LEFT}' y='{y}' width='{width:.1f}' height='{BAR}' {paint}/>"
-    yield f"<text x='{LEFT + width + 4:.1f}' y='{y + BAR - 1}' fill='{TEXT}' font-size='10'>{bar.ratio:.2f}</text>"
+    yield f"<text x='{LEFT + width + 4:.1f}' y='{y + BAR - 1}' fill='{TEXT}' font-size='10'>{figure}</text>"
 
 
 def _legend(servers: Sequence[str], colour: dict[str, str]) -> Iterator[str]:
