@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -210,10 +209,7 @@ sys.stdin.read(1)
 
 def test_a_thread_that_ends_while_it_is_read_is_not_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """The directory of a thread can be there when it is listed, and the thread gone when it is read."""
-    ended = threading.Thread(target=lambda: None)
-    ended.start()
-    ended.join()
-    gone = Path(f"/proc/{os.getpid()}/task/{ended.native_id}")
+    gone = Path(f"/proc/{os.getpid()}/task/0")  # which no thread is
     calls = []
 
     def threads(pid: int) -> list[Path]:
@@ -223,7 +219,7 @@ def test_a_thread_that_ends_while_it_is_read_is_not_a_failure(monkeypatch: pytes
     real = processes._threads
     monkeypatch.setattr(processes, "_threads", threads)
     assert cpu_seconds(os.getpid()) > 0
-    assert len(calls) >= 3
+    assert len(calls) >= 3, "it was not read again"
 
 
 def test_the_error_of_a_thread_that_is_there_and_cannot_be_read_means_that_it_ended(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -144,6 +145,13 @@ def test_writes_of_a_server_without_durable_flush_are_marked_and_its_reads_are_n
     rounds = {"qemu-nbd": [100.0], "nbdkit cow": [300.0]}
     assert "| 100 | 300¹ (3.00) |" in text_of(results_of(rounds, "randwrite-4k-16"))
     assert "| 100 | 300 (3.00) |" in text_of(results_of(rounds))
+
+
+def test_the_report_says_why_a_server_has_no_figure() -> None:
+    results = results_of({"qemu-nbd": [100.0]}, "chain-randread-4k-16")
+    lacking = Server("nbdclone", "1", True, lacks={"chain-randread-4k-16": "it has no snapshots"})
+    said = text_of(replace(results, servers=[*results.servers, lacking]))
+    assert "nbdclone, no figure because it has no snapshots: 4k random read, depth 16, 32 layers." in said
 
 
 def test_real_work_is_told_in_seconds() -> None:

@@ -169,7 +169,7 @@ def _notes(results: Results) -> Iterable[str]:
             reasons.setdefault(reason, []).append(title[name])
         for reason, titles in reasons.items():
             if not server.is_floor:
-                yield f"\n{server.name} has a '{BLANK}' in {len(titles)} lines because {reason}."
+                yield f"\n{server.name}, no figure because {reason}: {'; '.join(titles)}."
 
 
 def _first_line(error: str) -> str:
