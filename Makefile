@@ -48,7 +48,7 @@ integration: $(STAMP) ## the tests with other people's programs
 	$(BIN)/pytest integration
 
 bench: $(STAMP) ## nbdclone beside other servers; docs/benchmarks.md says how to read it
-	$(BIN)/python -m integration.bench --cost $(ARGS)
+	$(BIN)/python -m integration.bench $(or $(ARGS),--cost)
 
 powercut: $(STAMP) ## simulated power cuts by the million, on all processors; docs/durability.md has the counts
 	$(BIN)/python tests/store/campaign.py $(ARGS)

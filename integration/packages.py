@@ -20,6 +20,8 @@ NEEDED = {
     "e2fsprogs": ("mke2fs", "e2fsck", "debugfs"),
     "fdisk": ("sfdisk",),
     "fio": ("fio",),
+    "gcc": ("cc",),
+    "libc6-dev": ("/usr/include/stdio.h",),
     "libnbd-bin": ("nbdcopy", "nbdinfo"),
     "mmdebstrap": ("mmdebstrap",),
     "mtools": ("mcopy",),

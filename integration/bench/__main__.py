@@ -1,9 +1,4 @@
-"""Measure every server at every workload, in turn, round after round.
-
-The speed of a machine that is shared drifts several-fold within minutes. So within a round all servers take their turn
-at a workload directly one after the other, and what is compared is compared within rounds. Which server begins changes
-from round to round.
-"""
+"""Measure every server at every workload, in turn, round after round; write the report."""
 
 from __future__ import annotations
 
@@ -13,68 +8,96 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
-from integration.bench import cost, report
-from integration.bench.machine import (
-    IN_MEMORY,
-    Machine,
-    chill,
-    file_system_of,
-    make_random_image,
-    touch_memory,
-    warm,
-)
-from integration.bench.measure import DriverFailed, measure
-from integration.bench.peers import REPOSITORY, Nbdclone, Peer, PeerFailed, all_peers
-from integration.bench.workloads import WORKLOADS, Workload
+from integration.bench import cost, guests, report
+from integration.bench.floors import RawServer, has_compiler
+from integration.bench.machine import IN_MEMORY, Machine, file_system_of
+from integration.bench.page import write_page, write_report
+from integration.bench.peer import Peer
+from integration.bench.peers import REPOSITORY, Nbdclone, all_peers
+from integration.bench.results import Results, Server, from_json
+from integration.bench.rounds import Plan, run_rounds
+from integration.bench.workloads import QUICK, WORKLOADS, Workload
 from integration.packages import program
 
 MIB = 1 << 20
 # In the order of the arguments: MiB of base, rounds, seconds.
-FULL = (1024, 5, 3.0)
-QUICK = (256, 1, 1.0)
-# A fresh clone may come to hold all of the base, with maps and what the servers keep beside it.
-CLONE_OVERHEAD = 1.25
-# The page cache of the bases, of a clone that was just removed and of its successor, and what the programs take.
-MEMORY_TOUCHED = 8
-Named = TypeVar("Named", Peer, Workload)
+FULL_SETTINGS = (1024, 3, 1.5)
+QUICK_SETTINGS = (128, 1, 0.3)
+# A fresh clone may come to hold all of the base, with maps and what the servers keep beside it; so may a chain.
+CLONE_OVERHEAD = 2.5
 CACHE = REPOSITORY / ".cache" / "bench"
+DRIVERS = {"fio": "fio", "nbdcopy": "nbdcopy", "qemu-img": "qemu-img", "boot": "qemu-system-x86_64"}
+DRIVERS["files"] = DRIVERS["boot"]
+Named = TypeVar("Named", Peer, Workload)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m integration.bench", description=__doc__)
+    add = parser.add_argument
+    size, rounds, runtime = FULL_SETTINGS
+    quick_size, quick_rounds, quick_runtime = QUICK_SETTINGS
+    add("--quick", action="store_true", help="a line of each family on a small base, to see that all works")
+    add("--rounds", type=int, metavar="N", help=f"default {rounds}, quick {quick_rounds}")
+    add(
+        "--runtime",
+        type=float,
+        metavar="SECONDS",
+        help=f"of each measurement; default {runtime}, quick {quick_runtime}",
+    )
+    add("--size", type=int, metavar="MIB", help=f"of the base; default {size}, quick {quick_size}")
+    add("--only", nargs="+", metavar="WORKLOAD", help="names, or patterns such as 'read-*'")
+    add("--servers", nargs="+", metavar="NAME", help="names, or patterns; those that the default leaves out too")
+    add("--tree", type=Path, action="append", default=[], metavar="DIR", help="measure this checkout as well")
+    add("--serve-options", default="", metavar="OPTIONS", help="measure nbdclone with these options of serve as well")
+    add("--real", action="store_true", help="guests on clones, too; some seconds to a minute for each turn")
+    add("--cost", action="store_true", help="measure what clones cost, too")
+    add("--no-speed", action="store_true", help="leave out the workloads: with --cost, nothing else is measured")
+    add("--output", type=Path, default=CACHE, metavar="DIR", help="for benchmarks.md, benchmarks.json, benchmarks.svg")
+    add("--docs", action="store_true", help="put the report into docs/benchmarks.md as well, between its marks")
+    add("--from", dest="source", type=Path, metavar="JSON", help="measure nothing: the report of an earlier run")
+    add("--directory", type=Path, default=CACHE, metavar="DIR", help="where to measure: on a disk, not in memory")
+    add("--list", action="store_true", help="list workloads and servers, measure nothing")
+    return parser
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m integration.bench", description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--quick", action="store_true", help="a smaller base, one round, one second: to see that all works")
-    add("--rounds", type=int, metavar="N", help=f"default {FULL[1]}, quick {QUICK[1]}")
-    add(
-        "--runtime", type=float, metavar="SECONDS", help=f"of each measurement; default {FULL[2]:g}, quick {QUICK[2]:g}"
-    )
-    add("--size", type=int, metavar="MIB", help=f"of the base; default {FULL[0]}, quick {QUICK[0]}")
-    add("--only", nargs="+", metavar="WORKLOAD", help="names, or patterns such as 'read-*'")
-    add("--servers", nargs="+", metavar="NAME", help="some of the servers")
-    add("--tree", type=Path, action="append", default=[], metavar="DIR", help="measure this checkout as well")
-    add("--cost", action="store_true", help="measure what clones cost, too")
-    add("--no-speed", action="store_true", help="leave out the workloads: with --cost, nothing else is measured")
-    add("--output", type=Path, default=CACHE, metavar="DIR", help="for benchmarks.md and benchmarks.json")
-    add("--directory", type=Path, default=CACHE, metavar="DIR", help="where to measure: on a disk, not in memory")
-    add("--list", action="store_true", help="list workloads and servers, measure nothing")
+    parser = make_parser()
     arguments = parser.parse_args(argv)
-    size, rounds, runtime = QUICK if arguments.quick else FULL
+    size, rounds, runtime = QUICK_SETTINGS if arguments.quick else FULL_SETTINGS
     arguments.size = (arguments.size or size) * MIB
     arguments.rounds = arguments.rounds or rounds
     arguments.runtime = arguments.runtime or runtime
-    arguments.peers = _choose(
-        [*all_peers(), *(Nbdclone(tree.resolve(), f"nbdclone in {tree.name}") for tree in arguments.tree)],
-        arguments.servers,
-        parser,
-    )
-    arguments.workloads = [] if arguments.no_speed else _choose(list(WORKLOADS), arguments.only, parser)
+    arguments.peers = _choose(_offered(arguments), arguments.servers, parser)
+    arguments.workloads = _choose(list(WORKLOADS), arguments.only, parser)
+    if arguments.only is None:
+        arguments.workloads = [it for it in WORKLOADS if _by_default(it, arguments)]
     return arguments
+
+
+def _offered(arguments: argparse.Namespace) -> list[Peer]:
+    offered = all_peers()
+    offered += [Nbdclone(tree.resolve(), f"nbdclone in {tree.name}") for tree in arguments.tree]
+    if options := arguments.serve_options:
+        offered.append(Nbdclone(name=f"nbdclone {options}", options=shlex.split(options)))
+    if arguments.servers is None:
+        offered = [peer for peer in offered if peer.by_default]
+        if not has_compiler():
+            print("there is no C compiler (cc): the server 'raw' is left out", file=sys.stderr)
+            offered = [peer for peer in offered if not isinstance(peer, RawServer)]
+    return offered
+
+
+def _by_default(workload: Workload, arguments: argparse.Namespace) -> bool:
+    if workload.is_real:
+        return bool(arguments.real)
+    return not arguments.no_speed and (not arguments.quick or workload.name in QUICK)
 
 
 def _choose(offered: list[Named], patterns: Sequence[str] | None, parser: argparse.ArgumentParser) -> list[Named]:
@@ -86,69 +109,59 @@ def _choose(offered: list[Named], patterns: Sequence[str] | None, parser: argpar
     return [it for it in offered if any(fnmatch(it.name, pattern) for pattern in patterns)]
 
 
-def run_rounds(arguments: argparse.Namespace, directory: Path) -> list[report.Record]:
-    """Every server at every workload, as often as there are rounds."""
-    peers: list[Peer] = arguments.peers
-    base = directory / "base.raw"
-    make_random_image(base, arguments.size)
-    for number, peer in enumerate(peers):
-        own = directory / f"server-{number}"
-        own.mkdir()
-        peer.prepare(base, own)
-    for image in {peer.image for peer in peers}:
-        chill(image)
-    touch_memory(MEMORY_TOUCHED * arguments.size)
-    records = []
-    for round_number in range(arguments.rounds):
-        for workload in arguments.workloads:
-            first = round_number % len(peers)
-            for peer in peers[first:] + peers[:first]:
-                record = take_turn(peer, workload, arguments, directory / "clone", round_number)
-                _say(record)
-                records.append(record)
-    return records
-
-
-def take_turn(
-    peer: Peer, workload: Workload, arguments: argparse.Namespace, directory: Path, round_number: int
-) -> report.Record:
-    """One server at one workload, on a fresh clone. A failure is a result too: the others go on."""
-    directory.mkdir()
-    try:
-        warm(peer.image)
-        with peer.serving(directory) as server:
-            measurement = measure(server, workload, arguments.size, arguments.runtime)
-    except (PeerFailed, DriverFailed, OSError) as error:
-        return report.Record(round_number, peer.name, workload.name, None, str(error))
-    finally:
-        shutil.rmtree(directory)
-    return report.Record(round_number, peer.name, workload.name, measurement)
-
-
-def _say(record: report.Record) -> None:
-    measured = record.measurement
-    said = f"{measured.iops:10,.0f}/s {measured.cpu_us:8.1f} us CPU" if measured else f"failed: {record.error}"
-    print(f"round {record.round + 1}  {record.workload:16} {record.server:24} {said}", file=sys.stderr, flush=True)
-
-
 def require_disk(arguments: argparse.Namespace) -> None:
     """Refuse a directory that is in memory, or has too little room."""
     directory: Path = arguments.directory
     directory.mkdir(parents=True, exist_ok=True)
     if (kind := file_system_of(directory)) in IN_MEMORY:
         sys.exit(f"{directory} is on {kind}: give --directory on a disk")
-    copies = 1 + sum(isinstance(peer, Nbdclone) for peer in arguments.peers) + CLONE_OVERHEAD
+    copies = 1 + sum(isinstance(peer, Nbdclone | RawServer) for peer in arguments.peers) + CLONE_OVERHEAD
     needed = int(arguments.size * copies) + 256 * MIB
     if (free := shutil.disk_usage(directory).free) < needed:
         sys.exit(f"{directory} has {free // MIB} MiB free, and this takes {needed // MIB}: give --directory or --size")
 
 
-def require_programs(peers: Sequence[Peer]) -> None:
+def require_programs(peers: Sequence[Peer], workloads: Sequence[Workload]) -> None:
     try:
-        for name in ("fio", *(name for peer in peers for name in peer.programs)):
+        for name in (*(DRIVERS[it.driver] for it in workloads), *(name for peer in peers for name in peer.programs)):
             program(name)
     except FileNotFoundError as error:
         sys.exit(f"{error}: python -m integration.packages says what to install, --servers leaves a server out")
+    if any(workload.is_real for workload in workloads) and (packages := guests.missing_packages()):
+        sys.exit(f"missing packages: {' '.join(packages)}")
+
+
+def run(arguments: argparse.Namespace, argv: Sequence[str]) -> Results:
+    began = time.monotonic()
+    plan = Plan(arguments.peers, arguments.workloads, arguments.size, arguments.rounds, arguments.runtime)
+    with tempfile.TemporaryDirectory(prefix="run-", dir=arguments.directory) as directory:
+        records = run_rounds(plan, Path(directory)) if plan.workloads else []
+        (costs_directory := Path(directory, "cost")).mkdir()
+        costs = cost.measure_costs(costs_directory) if arguments.cost else []
+    return Results(
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        command=shlex.join(["python", "-m", "integration.bench", *argv]),
+        duration_s=time.monotonic() - began,
+        machine=Machine.here(arguments.directory),
+        drivers=[_version(name) for name in dict.fromkeys(DRIVERS[it.driver] for it in plan.workloads)],
+        rounds=plan.rounds,
+        runtime_s=plan.runtime_s,
+        size=plan.size,
+        servers=[_server(peer, plan.workloads) for peer in plan.peers],
+        workloads=plan.workloads,
+        records=records,
+        costs=costs,
+    )
+
+
+def _server(peer: Peer, workloads: Sequence[Workload]) -> Server:
+    lacks = {workload.name: reason for workload in workloads if (reason := peer.lacks(workload))}
+    return Server(peer.name, peer.version(), peer.durable_flush, peer.is_floor, peer.note, lacks)
+
+
+def _version(name: str) -> str:
+    said = subprocess.run([program(name), "--version"], capture_output=True, text=True, check=True).stdout
+    return said.splitlines()[0].partition(" (")[0].strip()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,31 +169,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse_arguments(argv)
     if arguments.list:
-        print("workloads:", *(f"  {workload.name:16} {workload.title}" for workload in WORKLOADS), sep="\n")
-        print("servers:", *(f"  {peer.name}" for peer in arguments.peers), sep="\n")
+        print("workloads:", *(f"  {workload.name:28} {workload.title}" for workload in WORKLOADS), sep="\n")
+        print("servers:", *(f"  {peer.name}" for peer in all_peers()), sep="\n")
         return 0
-    require_programs(arguments.peers)
-    require_disk(arguments)
-    with tempfile.TemporaryDirectory(prefix="run-", dir=arguments.directory) as directory:
-        records = run_rounds(arguments, Path(directory)) if arguments.workloads else []
-        (costs_directory := Path(directory, "cost")).mkdir()
-        costs = cost.measure_costs(costs_directory) if arguments.cost else []
-    results = report.Results(
-        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        command=shlex.join(["python", "-m", "integration.bench", *argv]),
-        machine=Machine.here(arguments.directory),
-        driver=subprocess.run([program("fio"), "--version"], capture_output=True, text=True, check=True).stdout.strip(),
-        rounds=arguments.rounds,
-        runtime_s=arguments.runtime,
-        size=arguments.size,
-        servers=[report.Server(peer.name, peer.version(), peer.durable_flush) for peer in arguments.peers],
-        workloads=arguments.workloads,
-        records=records,
-        costs=costs,
-    )
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "benchmarks.md").write_text(report.to_markdown(results))
-    (arguments.output / "benchmarks.json").write_text(report.to_json(results))
+    if arguments.source:
+        results = from_json(arguments.source.read_text())
+    else:
+        require_programs(arguments.peers, arguments.workloads)
+        require_disk(arguments)
+        results = run(arguments, argv)
+    write_report(results, arguments.output)
+    if arguments.docs:
+        write_page(results, REPOSITORY / "docs")
     print(report.to_markdown(results))
     return 1 if results.failures() else 0
 

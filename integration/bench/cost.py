@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from integration.bench.measure import memory_mb
+from integration.bench.processes import memory_mb
 from integration.served import COMMAND, ENVIRONMENT, nbdclone, served
 from nbdclone.client import Client
 from nbdclone.store.pool import Pool

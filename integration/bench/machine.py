@@ -87,9 +87,15 @@ def available_memory() -> int:
     return 0
 
 
-def warm(path: Path) -> None:
-    """Read a file through, so that it is in the page cache."""
+def warm(path: Path, *, in_pages: bool = False) -> None:
+    """Read a file through, so that it is in the page cache; if it was not, page by page or in larger folios.
+
+    Linux reads ahead in large folios, which is good for reading. A write of 4 KiB into one that is there took ten times
+    as long as one into a page (Linux 6.18, ext4).
+    """
     buffer = bytearray(CHUNK)
     with open(path, "rb", buffering=0) as file:
+        if in_pages:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         while file.readinto(buffer):
             pass

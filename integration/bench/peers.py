@@ -1,114 +1,36 @@
-"""The servers, and how each is run: one class for each.
-
-A peer is prepared once. For each measurement it makes a fresh clone of the base in a directory of its own, serves it
-on a Unix socket, and is ended, by its process id, before the next one has its turn.
-"""
+"""The servers that people use for clones, and how each is run: one class for each."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
+from integration.bench.floors import NbdkitFloor, RawServer
+from integration.bench.peer import LOOPBACK, Peer, Place, first_line, run
+from integration.bench.workloads import Workload
 from integration.packages import program
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-READY_DEADLINE_S = 30.0
-STOP_DEADLINE_S = 60.0  # a server flushes what it has before it goes
-PREPARE_DEADLINE_S = 600.0
-
-
-class PeerFailed(Exception):
-    """A server could not be started, or died; with what it wrote to stderr."""
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    pid: int
-    uri: str
-
-
-class Peer(ABC):
-    """A server of clones. ``name`` stands in the tables."""
-
-    name: str
-    programs: Sequence[str] = ()
-    """What has to be installed for it."""
-    durable_flush = True
-    """Does an acknowledged flush survive a power cut? If not, its synced writes are not comparable."""
-
-    def prepare(self, base: Path, directory: Path) -> None:
-        """Get ready to make clones of the raw image ``base``. ``directory`` is the peer's own, for the whole run."""
-        self.base = base
-        self.directory = directory
-        self.environment = dict(os.environ)
-
-    @property
-    def image(self) -> Path:
-        """The file that its clones read what they have not changed from."""
-        return self.base
-
-    @abstractmethod
-    def command(self, directory: Path, socket_path: Path) -> list[str]:
-        """Make a fresh clone in ``directory``; return the command that serves it as ``export`` on the socket."""
-
-    @abstractmethod
-    def version(self) -> str: ...
-
-    @property
-    def export(self) -> str:
-        return "disk"
-
-    def discard(self) -> None:  # noqa: B027 - most have nothing to do
-        """Remove what the last clone left outside its directory."""
-
-    @contextlib.contextmanager
-    def serving(self, directory: Path) -> Iterator[Running]:
-        """Serve a fresh clone. Raises PeerFailed."""
-        # Not in `directory`: the path of a Unix socket has to be shorter than 108 bytes.
-        with tempfile.TemporaryDirectory(prefix="bench-") as short:
-            socket_path = Path(short, "socket")
-            command = self.command(directory, socket_path)
-            # A server that keeps its overlay in a temporary file keeps it on the disk that all are measured on.
-            environment = self.environment | {"TMPDIR": str(directory)}
-            complaints = directory / "stderr"
-            with open(complaints, "wb") as stderr:
-                process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, env=environment
-                )
-            try:
-                _await_socket(process, socket_path)
-                yield Running(process.pid, f"nbd+unix:///{self.export}?socket={socket_path}")
-                if process.poll() is not None:
-                    raise PeerFailed(f"{self.name} exited with status {process.returncode} during the measurement")
-            except PeerFailed as failure:
-                raise PeerFailed(f"{failure}\n{complaints.read_text(errors='replace')[-2000:]}") from None
-            finally:
-                _end(process)
-                self.discard()
+CHAIN = "chain"
 
 
 class Nbdclone(Peer):
     """nbdclone as its users run it: a pool, `nbdclone clone`, `nbdclone serve`. ``tree`` is the checkout to run."""
 
     name = "nbdclone"
+    serves_many = True
 
-    def __init__(self, tree: Path = REPOSITORY, name: str = name) -> None:
+    def __init__(self, tree: Path = REPOSITORY, name: str = name, options: Sequence[str] = ()) -> None:
         self.name = name
         self._tree = tree
+        self._options = options
+        self._snapshots: bool | None = None
 
-    def prepare(self, base: Path, directory: Path) -> None:
-        super().prepare(base, directory)
+    def prepare(self, base: Path, directory: Path, certificates: Path) -> None:
+        super().prepare(base, directory, certificates)
         self.environment["PYTHONPATH"] = str(self._tree)
         self._pool = directory / "pool"
         self._run("import", str(base), "--name", "base")
@@ -117,25 +39,47 @@ class Nbdclone(Peer):
     def image(self) -> Path:
         return self._pool / "bases" / "base" / "image"
 
-    def command(self, directory: Path, socket_path: Path) -> list[str]:
-        self._run("clone", "base", self.export)
-        return self._command("serve", "--socket", str(socket_path))
+    def lacks(self, workload: Workload) -> str:
+        return "" if workload.state != CHAIN or self._has_snapshots() else super().lacks(workload)
 
-    def discard(self) -> None:
-        self._run("rm", self.export)
+    def add_layer(self, number: int) -> None:
+        if number == 0:
+            self._run("clone", "base", CHAIN)
+        else:
+            self._run("snapshot", f"{CHAIN}@layer{number}")
+
+    def command(self, directory: Path, exports: Sequence[str], place: Place, workload: Workload) -> list[str]:
+        if workload.state != CHAIN:
+            self._run("clone", "base", *exports)
+        where = ["--socket", str(place.socket)]
+        if place.transport != "unix":
+            where = ["--listen", f"{LOOPBACK}:{place.port}"]
+        if place.transport == "tls":
+            where += ["--tls-certificates", str(place.certificates), "--no-tls-verify-peer"]
+        return self._command("serve", *where, *self._options)
+
+    def discard(self, exports: Sequence[str]) -> None:
+        self._run("rm", *exports)
 
     def version(self) -> str:
-        said = subprocess.run(
-            [sys.executable, "-m", "nbdclone", "--version"],
-            env=os.environ | {"PYTHONPATH": str(self._tree)}, cwd="/", capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        said = self._help("--version")
         return f"{said.stdout.removeprefix('nbdclone').strip()}, Python {sys.version.split()[0]}"
+
+    def _has_snapshots(self) -> bool:
+        if self._snapshots is None:
+            self._snapshots = self._help("snapshot", "--help").returncode == 0
+        return self._snapshots
+
+    def _help(self, *args: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONPATH": str(self._tree)}
+        command = [sys.executable, "-P", "-m", "nbdclone", *args]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
 
     def _command(self, *args: str) -> list[str]:
         return [sys.executable, "-P", "-m", "nbdclone", "--pool", str(self._pool), *args]
 
     def _run(self, *args: str) -> None:
-        _run(self._command(*args), self.environment)
+        run(self._command(*args), self.environment)
 
 
 class QemuNbd(Peer):
@@ -144,15 +88,35 @@ class QemuNbd(Peer):
     name = "qemu-nbd"
     programs = ("qemu-nbd", "qemu-img")
 
-    def command(self, directory: Path, socket_path: Path) -> list[str]:
-        overlay = directory / "overlay.qcow2"
-        create = [program("qemu-img"), "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(self.base), str(overlay)]
-        _run(create, self.environment)
-        serve = [program("qemu-nbd"), "--persistent", "--socket", str(socket_path), "--export-name", self.export]
+    def lacks(self, workload: Workload) -> str:
+        return ""
+
+    def add_layer(self, number: int) -> None:
+        self._chain = self.directory / f"layer{number}.qcow2"
+        below = ["-F", "raw", "-b", str(self.base)]
+        if number:
+            below = ["-F", "qcow2", "-b", str(self.directory / f"layer{number - 1}.qcow2")]
+        self._create(*below, str(self._chain))
+
+    def command(self, directory: Path, exports: Sequence[str], place: Place, workload: Workload) -> list[str]:
+        overlay = self._chain if workload.state == CHAIN else directory / "overlay.qcow2"
+        if workload.state != CHAIN:
+            self._create("-F", "raw", "-b", str(self.base), str(overlay))
+        where = ["--socket", str(place.socket)]
+        if place.transport != "unix":
+            where = ["--bind", LOOPBACK, "--port", str(place.port)]
+        if place.transport == "tls":
+            made = f"tls-creds-x509,id=tls0,endpoint=server,verify-peer=no,dir={place.certificates}"
+            where += ["--object", made, "--tls-creds", "tls0"]
+        (export,) = exports
+        serve = [program("qemu-nbd"), "--persistent", *where, "--export-name", export]
         return [*serve, "--format", "qcow2", "--shared", "8", str(overlay)]
 
     def version(self) -> str:
-        return _first_line(program("qemu-nbd"), "--version").removeprefix(program("qemu-nbd")).strip()
+        return first_line(program("qemu-nbd"), "--version").removeprefix(program("qemu-nbd")).strip()
+
+    def _create(self, *args: str) -> None:
+        run([program("qemu-img"), "create", "-q", "-f", "qcow2", *args], self.environment)
 
 
 class NbdkitCow(Peer):
@@ -161,52 +125,59 @@ class NbdkitCow(Peer):
     name = "nbdkit cow"
     programs = ("nbdkit",)
     durable_flush = False
+    note = "its overlay is gone when it ends, and a flush does nothing"
 
-    def command(self, directory: Path, socket_path: Path) -> list[str]:
-        serve = [program("nbdkit"), "--foreground", "--unix", str(socket_path), "--exportname", self.export]
+    def command(self, directory: Path, exports: Sequence[str], place: Place, workload: Workload) -> list[str]:
+        where = ["--unix", str(place.socket)]
+        if place.transport != "unix":
+            where = ["--ipaddr", LOOPBACK, "--port", str(place.port)]
+        if place.transport == "tls":
+            where += ["--tls=require", f"--tls-certificates={place.certificates}"]
+        (export,) = exports
+        serve = [program("nbdkit"), "--foreground", *where, "--exportname", export]
         return [*serve, "--filter", "cow", "file", str(self.base)]
 
     def version(self) -> str:
-        return _first_line(program("nbdkit"), "--version").removeprefix("nbdkit").strip()
+        return first_line(program("nbdkit"), "--version").removeprefix("nbdkit").strip()
+
+
+class NbdServer(Peer):
+    """nbd-server with copyonwrite. The file of differences belongs to one connection and is removed at its end."""
+
+    name = "nbd-server"
+    programs = ("nbd-server",)
+    durable_flush = False
+    serves_many = True
+    note = "what was written is gone when the client disconnects, and a flush saves nothing"
+
+    def lacks(self, workload: Workload) -> str:
+        if workload.state in ("rewritten", "checkerboard"):
+            return "what was written is gone when the client disconnects"
+        if workload.connections > 1:
+            return "each connection has a clone of its own"
+        if workload.transport == "tls":
+            return "it takes no client without a certificate, and fio has none to show"
+        return super().lacks(workload)
+
+    def command(self, directory: Path, exports: Sequence[str], place: Place, workload: Workload) -> list[str]:
+        generic = [f"unixsock = {place.socket}"]
+        if place.transport != "unix":
+            generic = [f"listenaddr = {LOOPBACK}", f"port = {place.port}"]
+        lines = ["[generic]", *generic]
+        for export in exports:
+            lines += [f"[{export}]", f"exportname = {self.base}", "copyonwrite = true", f"cowdir = {directory}"]
+            lines += ["flush = true"]
+        configuration = directory / "config"
+        configuration.write_text("\n".join(lines) + "\n")
+        return [program("nbd-server"), "-C", str(configuration), "-p", str(self.pid_file(directory))]
+
+    def pid_file(self, directory: Path) -> Path:
+        return directory / "pid"
+
+    def version(self) -> str:
+        return first_line(program("nbd-server"), "-V").removeprefix("This is nbd-server version").strip()
 
 
 def all_peers() -> list[Peer]:
-    return [Nbdclone(), QemuNbd(), NbdkitCow()]
-
-
-def _run(command: Sequence[str], environment: dict[str, str]) -> None:
-    done = subprocess.run(
-        command, check=False, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=PREPARE_DEADLINE_S,
-    )  # fmt: skip
-    if done.returncode:
-        raise PeerFailed(f"{' '.join(command)} exited with status {done.returncode}: {done.stderr.strip()}")
-
-
-def _first_line(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
-
-
-def _await_socket(process: subprocess.Popen[bytes], path: Path) -> None:
-    """Wait until somebody accepts connections on the socket."""
-    deadline = time.monotonic() + READY_DEADLINE_S
-    while True:
-        if process.poll() is not None:
-            raise PeerFailed(f"the server exited with status {process.returncode} before it was ready")
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
-            sock.connect(str(path))
-            return
-        if time.monotonic() > deadline:
-            raise PeerFailed(f"the server was not ready in {READY_DEADLINE_S:.0f} seconds")
-        time.sleep(0.02)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, time to flush, SIGKILL."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(STOP_DEADLINE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    """nbdclone, its peers, and the floors."""
+    return [Nbdclone(), QemuNbd(), NbdkitCow(), NbdServer(), RawServer(), NbdkitFloor("null"), NbdkitFloor("memory")]

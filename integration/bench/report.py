@@ -1,82 +1,20 @@
-"""The results as a markdown fragment for people and as JSON for programs.
-
-A figure that is to be shown is a line in ``COLUMNS``. All figures are medians over the rounds. A ratio is the median
-of the ratios within each round: a machine that is slower for a while is slower for both.
-"""
+"""The results as markdown for people. A figure that is to be shown is a line in ``COLUMNS``."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from integration.bench.cost import Cost
-from integration.bench.machine import Machine
-from integration.bench.measure import Measurement
-from integration.bench.workloads import GOALS, REFERENCE, SUBJECT, Workload
+from integration.bench.goals import ALL, ONLY, Verdict, best_verdicts, named_verdicts
+from integration.bench.results import Ratio, Results, Server
+from integration.bench.workloads import REFERENCE, Workload
 
 BLANK = "-"
 FAILED = "failed"
-INCOMPARABLE = "¹"
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One turn of one server at one workload: what was measured, or why nothing was."""
-
-    round: int
-    server: str
-    workload: str
-    measurement: Measurement | None
-    error: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    name: str
-    version: str
-    durable_flush: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Results:
-    """All of a run."""
-
-    date: str
-    command: str
-    machine: Machine
-    driver: str
-    rounds: int
-    runtime_s: float
-    size: int
-    servers: Sequence[Server]
-    workloads: Sequence[Workload]
-    records: Sequence[Record]
-    costs: Sequence[Cost]
-
-    def median(self, server: str, workload: str, field: str) -> float | None:
-        values = self._values(server, workload, field).values()
-        return statistics.median(values) if values else None
-
-    def ratio(self, server: str, workload: str, field: str = "iops", to: str = REFERENCE) -> float | None:
-        """The median over the rounds of this server's figure to that of the reference in the same round."""
-        mine, theirs = self._values(server, workload, field), self._values(to, workload, field)
-        ratios = [mine[number] / theirs[number] for number in mine if theirs.get(number)]
-        return statistics.median(ratios) if ratios else None
-
-    def failures(self) -> list[Record]:
-        return [record for record in self.records if record.measurement is None]
-
-    def _values(self, server: str, workload: str, field: str) -> dict[int, float]:
-        """By round."""
-        return {
-            record.round: getattr(record.measurement, field)
-            for record in self.records
-            if record.measurement is not None and (record.server, record.workload) == (server, workload)
-        }
+NOT_DURABLE = "¹"
+FLOOR = "²"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,43 +23,34 @@ class Column:
 
     title: str
     field: str
-    show: Callable[[float], str]
     with_ratio: bool = False
 
 
-def _rounded(value: float) -> str:
-    """Three digits or so, which is more than the noise allows."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
 COLUMNS = (
-    Column(f"Requests per second (and their ratio to {REFERENCE})", "iops", _rounded, with_ratio=True),
-    Column("Server CPU time per request, µs", "cpu_us", _rounded),
-    Column("Latency, median, µs", "p50_us", _rounded),
-    Column("Latency, 99th percentile, µs", "p99_us", _rounded),
-    Column("Throughput, MB/s", "mb_per_s", _rounded),
-    Column("Peak memory of the server, MB", "peak_rss_mb", _rounded),
+    Column(f"Requests per second (and their ratio to {REFERENCE})", "iops", with_ratio=True),
+    Column("Server CPU time per request, µs", "cpu_us"),
+    Column("Latency, median, µs", "p50_us"),
+    Column("Latency, 99th percentile, µs", "p99_us"),
+    Column("Throughput, MB/s", "mb_per_s"),
+    Column("Peak memory of the server, MB", "peak_rss_mb"),
 )
 
 
-def to_json(results: Results) -> str:
-    return json.dumps(dataclasses.asdict(results), indent=1) + "\n"
-
-
 def to_markdown(results: Results) -> str:
-    parts = [_head(results)]
-    if goals := list(_goal_rows(results)):
-        parts += ["### Goals", _table(["goal", "measured", "met"], goals)]
-    if results.workloads:
+    parts = [_head(results), *_goals(results)]
+    loads = [workload for workload in results.workloads if not workload.is_real]
+    if loads:
         for column in COLUMNS:
-            parts += [f"### {column.title}", _column_table(results, column)]
-        if _incomparable(results):
-            parts.append(f"{INCOMPARABLE} Its flush is not durable: not comparable.")
+            parts += [f"### {column.title}", _column_table(results, loads, column)]
+    if real := [workload for workload in results.workloads if workload.is_real]:
+        parts += [f"### Real work, seconds (and the ratio of its speed to {REFERENCE})", _real_table(results, real)]
+    if results.workloads:
+        parts.append("\n".join(_notes(results)))
     if results.costs:
         rows = [[cost.what, _cost(cost.value, cost), _cost(cost.limit, cost)] for cost in results.costs]
         parts += ["### What clones cost", _table(["what", "measured", "goal: less than"], rows)]
     if failures := results.failures():
-        lines = (f"- round {it.round}, {it.server}, {it.workload}: {it.error.strip()}" for it in failures)
+        lines = (f"- round {it.round + 1}, {it.server}, {it.workload}: {_first_line(it.error)}" for it in failures)
         parts += ["### Failures", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
@@ -130,7 +59,7 @@ def _head(results: Results) -> str:
     machine = results.machine
     plural = "s" if results.rounds > 1 else ""
     lines = [
-        f"Measured {results.date} with `{results.command}`.",
+        f"Measured {results.date} with `{results.command}`, in {results.duration_s / 60:.0f} minutes.",
         "",
         f"- machine: {machine.cpu}, {machine.cores} cores, {machine.memory_gb:.0f} GB; {machine.kernel}, "
         f"{machine.file_system}",
@@ -138,49 +67,118 @@ def _head(results: Results) -> str:
     ]
     if results.workloads:
         lines.append(
-            f"- {results.driver} over a Unix socket, {results.rounds} round{plural} of {results.runtime_s:g} s for "
-            f"each server and workload, each on a fresh clone of {results.size >> 20} MiB of random data in the page "
-            "cache; figures are medians over the rounds"
+            f"- {', '.join(results.drivers)}; a Unix socket where no other way is named; {results.rounds} "
+            f"round{plural} of {results.runtime_s:g} s for each server and workload, each on a fresh clone of "
+            f"{results.size >> 20} MiB of random data in the page cache; figures are medians over the rounds"
         )
     return "\n".join(lines)
 
 
-def _goal_rows(results: Results) -> Iterable[list[str]]:
-    titles = {workload.name: workload.title for workload in results.workloads}
-    for goal in GOALS:
-        if goal.workload in titles:
-            ratio = results.ratio(SUBJECT, goal.workload)
-            said = f"{titles[goal.workload]}: at least {goal.ratio:g} times {REFERENCE}"
-            yield [said, BLANK if ratio is None else f"{ratio:.2f}", _met(ratio is not None and ratio >= goal.ratio)]
+def _goals(results: Results) -> Iterable[str]:
+    title = {workload.name: workload.title for workload in results.workloads}
+    named = [
+        [f"{title[it.workload]}: at least {it.goal:g} times {it.to}", *_measured(it)] for it in named_verdicts(results)
+    ]
     for cost in results.costs:
         if cost.limit is not None:
             said = f"{cost.what}: less than {_cost(cost.limit, cost)}"
-            yield [said, _cost(cost.value, cost), _met(cost.value < cost.limit)]
+            named.append([said, _cost(cost.value, cost), BLANK, _met(cost.value < cost.limit)])
+    if named:
+        yield "### Goals"
+        yield _table(["goal", "measured", "rounds", "met"], named)
+    best = list(best_verdicts(results))
+    if best:
+        met = sum(it.is_met for it in best)
+        yield "### At least as fast as the best peer, line by line"
+        yield (
+            f"{met} of {len(best)} met. The peers are the other servers of clones. A line that writes has two goals: "
+            "beside the best of those whose flush is durable, and beside the best of all."
+        )
+        rows = [
+            [title[it.workload] + ("" if it.kind == ONLY else f" ({_short(it.kind)})"), it.to, *_measured(it)]
+            for it in best
+        ]
+        yield _table(["line", "the best", "ratio to it", "rounds", "met"], rows)
 
 
-def _column_table(results: Results, column: Column) -> str:
-    rows = []
-    for workload in results.workloads:
-        cells = [_cell(results, server, workload, column) for server in results.servers]
-        rows.append([workload.title, *cells])
-    return _table(["", *(server.name for server in results.servers)], rows)
+def _short(kind: str) -> str:
+    return "all" if kind == ALL else "durable"
 
 
-def _cell(results: Results, server: Server, workload: Workload, column: Column) -> str:
-    value = results.median(server.name, workload.name, column.field)
-    if value is None:
-        return FAILED
-    text = column.show(value)
-    if workload.synced and not server.durable_flush:
-        return text + INCOMPARABLE
-    if column.with_ratio and server.name != REFERENCE:
-        ratio = results.ratio(server.name, workload.name, column.field)
-        text += "" if ratio is None else f" ({ratio:.2f})"
-    return text
+def _measured(verdict: Verdict) -> list[str]:
+    ratio = verdict.ratio
+    if ratio is None:
+        return [BLANK, BLANK, _met(False)]
+    return [f"{ratio.median:.2f}", _range(ratio), _met(verdict.is_met)]
 
 
-def _incomparable(results: Results) -> bool:
-    return any(it.synced for it in results.workloads) and not all(it.durable_flush for it in results.servers)
+def _range(ratio: Ratio) -> str:
+    return f"{ratio.least:.2f} to {ratio.greatest:.2f}"
+
+
+def _column_table(results: Results, workloads: Sequence[Workload], column: Column) -> str:
+    def cell(server: Server, workload: Workload) -> str:
+        value = results.median(server.name, workload.name, column.field)
+        if value is None:
+            return _missing(results, server, workload)
+        mark = NOT_DURABLE if workload.writes and not server.durable_flush else ""
+        return _rounded(value) + mark + (_shown_ratio(results, server, workload) if column.with_ratio else "")
+
+    return _servers_table(results, workloads, cell)
+
+
+def _real_table(results: Results, workloads: Sequence[Workload]) -> str:
+    def cell(server: Server, workload: Workload) -> str:
+        value = results.median(server.name, workload.name, "iops")
+        if value is None:
+            return _missing(results, server, workload)
+        return f"{1 / value:.1f}" + _shown_ratio(results, server, workload)
+
+    return _servers_table(results, workloads, cell)
+
+
+def _servers_table(results: Results, workloads: Sequence[Workload], cell: Callable[[Server, Workload], str]) -> str:
+    titles = [server.name + (FLOOR if server.is_floor else "") for server in results.servers]
+    rows = [[workload.title, *(cell(server, workload) for server in results.servers)] for workload in workloads]
+    return _table(["", *titles], rows)
+
+
+def _missing(results: Results, server: Server, workload: Workload) -> str:
+    """Why there is no figure: it cannot do it, the driver does not say, or it failed in every round."""
+    failed = any((it.server, it.workload) == (server.name, workload.name) for it in results.failures())
+    return FAILED if failed else BLANK
+
+
+def _shown_ratio(results: Results, server: Server, workload: Workload) -> str:
+    ratio = results.ratio(server.name, workload.name, REFERENCE)
+    return "" if ratio is None or server.name == REFERENCE else f" ({ratio.median:.2f})"
+
+
+def _notes(results: Results) -> Iterable[str]:
+    if any(not server.durable_flush for server in results.servers):
+        yield f"{NOT_DURABLE} Not durable: an acknowledged flush does not survive a power cut."
+    if any(server.is_floor for server in results.servers):
+        yield f"{FLOOR} No clones: what the machine leaves room for, not a peer."
+    for server in results.servers:
+        if server.note:
+            yield f"\n{server.name}: {server.note}."
+    title = {workload.name: workload.title for workload in results.workloads}
+    for server in results.servers:
+        reasons: dict[str, list[str]] = {}
+        for name, reason in server.lacks.items():
+            reasons.setdefault(reason, []).append(title[name])
+        for reason, titles in reasons.items():
+            if not server.is_floor:
+                yield f"\n{server.name}, no figure because {reason}: {'; '.join(titles)}."
+
+
+def _first_line(error: str) -> str:
+    return (error.strip().splitlines() or [""])[0]
+
+
+def _rounded(value: float) -> str:
+    """Three digits or so, which is more than the noise allows."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _cost(value: float | None, cost: Cost) -> str:
