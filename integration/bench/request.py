@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from integration.bench.machine import make_random_image
-from integration.bench.measure import TICKS_PER_SECOND
 from integration.bench.peers import REPOSITORY, Nbdclone
+from integration.bench.processes import TICKS_PER_SECOND
 from nbdclone.protocol.client_handshake import ClientHandshake
 from nbdclone.protocol.wire import CMD_READ, CMD_WRITE, REQUEST, REQUEST_MAGIC, SIMPLE_REPLY, Mode
 
