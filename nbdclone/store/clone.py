@@ -117,7 +117,30 @@ class Clone:
                     if error.errno != errno.EOPNOTSUPP:  # tmpfs, for one: it knows no RWF_NOWAIT
                         raise
                 raise BlockingIOError(errno.EAGAIN, "not in memory, or only a part")
+            self._read_runs_nowait(view, offset, bytes(owners[first:end]))
+            return
         self._read(view, offset, nowait=True)
+
+    def _read_runs_nowait(self, view: memoryview, offset: int, owners: bytes) -> None:
+        """A range within one segment whose blocks have these owners: what ``_read`` does, with less for each run."""
+        preadv, fds, strides, nowait = self._preadv, self._fds, self._strides, self._nowait
+        lead = offset & BLOCK_MASK
+        shift = offset // SEGMENT_SIZE + 1
+        length = len(view)
+        try:
+            for run in _RUN.finditer(owners):
+                first, end = run.span()
+                owner = owners[first]
+                start = (first << BLOCK_SHIFT) - lead if first else 0
+                part = view[start : (end << BLOCK_SHIFT) - lead]
+                if owner == NOWHERE:
+                    part[:] = bytes(len(part))
+                elif preadv(fds[owner], (part,), offset + start + shift * strides[owner], nowait) != len(part):
+                    raise BlockingIOError(errno.EAGAIN, "only a part is in memory")
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            raise BlockingIOError(errno.EAGAIN, "this file system cannot say whether it would wait") from None
 
     def _read(self, view: memoryview, offset: int, nowait: bool) -> None:
         done = 0
