@@ -59,7 +59,7 @@ class Export:
                 self.changing = False
             done(result, error)
 
-        self._offload.submit(work, changed)
+        self._offload.submit(work, changed, self)
 
     def flush(self, done: Done) -> None:
         """Make durable every write that was acknowledged before this call.
@@ -84,7 +84,7 @@ class Export:
                 except Exception:
                     logger.exception("a defect of the server")
 
-        self._offload.submit(self.clone.flush, flushed)
+        self._offload.submit(self.clone.flush, flushed, self)
 
     def note_write_time(self, seconds: float) -> None:
         """How long a write kept the event loop."""

@@ -270,7 +270,7 @@ class Session:
                 self._prefetching = False
                 finish(result, error)
 
-            self._offload.submit(lambda: clone.prefetch(offset, min(length, MAX_PREFETCH)), done)
+            self._offload.submit(lambda: clone.prefetch(offset, min(length, MAX_PREFETCH)), done, self._export)
         elif command in (CMD_TRIM, CMD_WRITE_ZEROES):
             allocate = bool(flags & CMD_FLAG_NO_HOLE)
             if flags & CMD_FLAG_FAST_ZERO and (allocate or not clone.fast_zero):
@@ -419,7 +419,7 @@ class Session:
                 self._fail(cookie, error)
             self._on_room()
 
-        (self._bulk if bulky else self._offload).submit(work, done)
+        (self._bulk if bulky else self._offload).submit(work, done, self._export)
 
     def _tell_status(self, cookie: Cookie, offset: int, length: int, contexts: Contexts, one: bool, held: int) -> None:
         clone, layout = self._clone, self._layout
@@ -438,7 +438,8 @@ class Session:
                     self._output.add(chunk)
             self._on_room()
 
-        self._offload.submit(lambda: block_status(clone, contexts, cookie, offset, length, one, layout), done)
+        work = partial(block_status, clone, contexts, cookie, offset, length, one, layout)
+        self._offload.submit(work, done, self._export)
 
     def _write(self, flags: int, cookie: Cookie, offset: int, view: memoryview, buffer: mmap | None) -> None:
         """Run a write, on the spot if nothing makes it wait. ``buffer`` is its own, to be given back, or None."""
