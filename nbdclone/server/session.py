@@ -135,6 +135,7 @@ class Session:
         self._layout = EXTENDED if mode is Mode.EXTENDED else STRUCTURED
         self._contexts = negotiated.contexts
         self._read_header = self._layout.read.size if self._structured else SIMPLE_REPLY.size
+        self._received = scratch.received
         self._buffers = scratch.buffers
         self._offload = scratch.offload
         self._bulk = scratch.bulk
@@ -154,8 +155,10 @@ class Session:
         # What makes replies, and how large they are, until there is room.
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
         self._in_flight = 0  # requests that threads work on
+        self._flushing: list[Cookie] = []  # flushes of this turn
         self._reading = 0  # bytes of replies that threads make
         self._held_writes = 0  # bytes of payload that threads write, or will
+        self._going_on: asyncio.Handle | None = None  # when others had their turn
         self._prefetching = False  # a thread runs a CACHE
         self._draining = False  # no more requests: answer those there are, and end
         self._lost = False
@@ -229,13 +232,13 @@ class Session:
                 self._run_filtered_status(flags, cookie, offset, buffer[payload : payload + length])
             else:
                 self._run_other(flags, command, cookie, offset, length)
-        self._finish_pass()
 
     def run_write(self, request: Request, payload: memoryview, buffer: mmap) -> None:
         """Run a request whose payload has a buffer of its own."""
         flags, command, cookie, offset, length, _ = request
         if command != CMD_WRITE:  # none that there is takes so much
             self.run([(*request[:-1], 0)], payload)
+            self.finish_turn()
             self._buffers.give(buffer)
             return
         if error := request_error(self._info, self._structured, flags, command, offset, length):
@@ -243,9 +246,13 @@ class Session:
             self._reply(cookie, error)
         else:
             self._write(flags, cookie, offset, payload, buffer)
-        self._finish_pass()
+        self.finish_turn()
 
-    def _finish_pass(self) -> None:
+    def finish_turn(self) -> None:
+        """Send the replies that were gathered, and begin the flush that was asked for."""
+        if cookies := self._flushing:
+            self._flushing = []
+            self._export.flush(partial(self._flushed, cookies))
         self._output.push()
         if self._full():
             self._input.stop()
@@ -256,7 +263,7 @@ class Session:
         clone = self._clone
         if command == CMD_FLUSH:
             self._in_flight += 1
-            self._export.flush(self._finisher(cookie))
+            self._flushing.append(cookie)
         elif command == CMD_CACHE:
             # It is advice: more of it than the disk can follow is taken and forgotten.
             if self._prefetching:
@@ -487,6 +494,16 @@ class Session:
         if buffer is not None:
             self._buffers.give(buffer)
 
+    def _flushed(self, cookies: list[Cookie], _result: Any, error: BaseException | None) -> None:
+        """Answer the flushes of a turn: its writes came before the flush of them all began."""
+        self._in_flight -= len(cookies)
+        for cookie in cookies:
+            if error is None:
+                self._succeed(cookie)
+            else:
+                self._fail(cookie, error)
+        self._on_room()
+
     # Answering
 
     def _finisher(self, cookie: Cookie, *, fua: bool = False) -> Done:
@@ -570,9 +587,21 @@ class Session:
         self._check_over()
 
     def _start_waiting(self) -> None:
+        if not self._waiting:
+            return
+        until = self._received.begin_turn(self._input)
         while self._waiting and not self._lost and self._has_room(self._waiting[0][0]):
             _size, begin = self._waiting.popleft()
             begin()
+            if perf_counter() > until:
+                if self._going_on is None:
+                    self._going_on = self._loop.call_soon(self._go_on)
+                break
+
+    def _go_on(self) -> None:
+        """It is this connection's turn again, with what had room and no time."""
+        self._going_on = None
+        self._guarded(self._resume)
 
     def _lose(self) -> None:
         """The connection is gone. Threads that work for it are waited for; nobody hears of what they did."""
