@@ -84,6 +84,13 @@ def parse_quota(text: str) -> int:
     return size
 
 
+def parse_rate(text: str) -> int:
+    """A size, and not nothing."""
+    if not (size := parse_size(text)):
+        raise typer.BadParameter("nothing a second: give a size, or leave it out for no limit")
+    return size
+
+
 def show_size(size: int) -> str:
     """A size for a person: three digits or so, and the unit."""
     value = float(size)
@@ -325,12 +332,20 @@ def serve(
             "--max-memory", parser=parse_size, metavar="SIZE", help="For all clients together (default: at most 1G)."
         ),
     ] = None,
+    iops: Annotated[
+        int | None, typer.Option("--iops", min=1, metavar="N", help="Requests a second, for each export.")
+    ] = None,
+    bps: Annotated[
+        int | None,
+        typer.Option("--bps", parser=parse_rate, metavar="SIZE", help="Bytes a second, for each export."),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
 ) -> None:
     """Serve every clone, and every base read-only, until told to stop (SIGTERM). SIGHUP: read the settings again."""
     import uvloop
 
     from nbdclone.server.admission import MAX_CONNECTIONS
+    from nbdclone.server.limits import Limit
     from nbdclone.server.listen import parse_address
     from nbdclone.server.server import Server
 
@@ -351,6 +366,7 @@ def serve(
             max_connections=max_connections or MAX_CONNECTIONS,
             max_connections_per_address=max_connections_per_address,
             max_memory=max_memory,
+            limit=Limit(iops, bps),
         )
         runner.run(_serve(server))
 

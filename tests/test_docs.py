@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import pytest
 
 from nbdclone.protocol.wire import MAX_QUERIES
-from nbdclone.server.access import read_access
 from nbdclone.server.admission import MAX_CONNECTIONS
 from nbdclone.server.peer import Peer
 from nbdclone.server.quiet import INTERVAL_S
+from nbdclone.server.settings import read_settings
 from nbdclone.store import delta
 from nbdclone.store.check import check_pool
 from nbdclone.store.clone import MAX_EXTENTS
@@ -114,7 +114,7 @@ def test_the_example_of_access_is_understood_and_the_defaults_are_those_of_the_c
     text = (DOCS / "access.md").read_text()
     [example] = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
     (tmp_path / "settings.toml").write_text(example)
-    access = read_access(tmp_path / "settings.toml")
+    access = read_settings(tmp_path / "settings.toml").access
     assert access.refusing_rule("lab-1", Peer("unix", uid=1001)) is None
     assert access.refusing_rule("lab-1", Peer("unix", uid=1002)) == "lab-*"
     assert access.refusing_rule("web1", Peer("unix", uid=0, subject="CN=admin,O=Lab")) is None

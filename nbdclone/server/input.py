@@ -33,8 +33,10 @@ CROWDED_RECEIVE = 64 << 10
 class Receiver(Protocol):
     """Who is told of what came in."""
 
-    def run(self, requests: list[Request], buffer: memoryview) -> None:
-        """Run these requests; their payloads stand in ``buffer``, for the time of the call."""
+    def run(self, requests: list[Request], buffer: memoryview) -> int:
+        """Run these requests; their payloads stand in ``buffer``, for the time of the call. How many it took: if not
+        all, it has stopped the input, and gets the others again when that was started.
+        """
 
     def finish_turn(self) -> None:
         """There are no more for now: send the replies."""
@@ -43,7 +45,7 @@ class Receiver(Protocol):
         """Run a request whose large payload stands in a buffer of its own, to be given back to the pool."""
 
     def has_memory(self, size: int) -> bool:
-        """May so much be held now? If not, the input is started again when it may."""
+        """May so much be received and held now? If not, the input is started again when it may."""
 
     def drain(self) -> None:
         """The peer sends nothing more."""
@@ -195,23 +197,28 @@ class Input:
         """Hand on every whole request in the shared buffer up to ``end``, and keep the rest."""
         self._carry = b""
         position = self._receive_at
-        active = self.active
+        active, unparsed = self.active, True
         try:
-            while True:
+            while unparsed:
                 requests: list[Request] = []
+                taken = 0
                 try:
                     position = self._parse(self._buffer, position, end, requests)
                 finally:
                     if requests:
-                        self._receiver.run(requests, self._view)
-                if len(requests) < MAX_BURST or perf_counter() > self._until or self.active is not active:
+                        taken = self._receiver.run(requests, self._view)
+                if taken < len(requests):
+                    position = requests[taken][5] - self._layout.size
+                    break
+                unparsed = len(requests) == MAX_BURST and position < end
+                if perf_counter() > self._until or self.active is not active:  # the others first; or no more
                     break
         finally:
             self._receiver.finish_turn()
-        if position == end:
-            return
-        if len(requests) == MAX_BURST:  # the others first
+        if unparsed:
             self._carry, self._unparsed = bytes(self._view[position:end]), True
+            return
+        if position == end:
             return
         header = self._layout.size
         request = self._layout.head(self._buffer, position) if end - position >= header else None

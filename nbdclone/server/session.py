@@ -160,6 +160,7 @@ class Session:
         self._held_writes = 0  # bytes of payload that threads write, or will
         self._going_on: asyncio.Handle | None = None  # when others had their turn
         self._prefetching = False  # a thread runs a CACHE
+        self._throttled = False  # it waits for what the export's limits let it have
         self._draining = False  # no more requests: answer those there are, and end
         self._lost = False
         self._over: asyncio.Future[None] = loop.create_future()
@@ -209,8 +210,18 @@ class Session:
 
     # Running
 
-    def run(self, requests: list[Request], buffer: memoryview) -> None:
-        """Run requests, and send the replies of those that need not wait."""
+    def run(self, requests: list[Request], buffer: memoryview) -> int:
+        """Run requests, and gather the replies of those that need not wait. How many: the others are to come again."""
+        count = len(requests)
+        if (throttle := self._export.throttle) is not None:
+            count = throttle.admit(self, requests)
+            if count < len(requests):
+                self._hold_back()
+                requests = requests[:count]
+        self._run(requests, buffer)
+        return count
+
+    def _run(self, requests: list[Request], buffer: memoryview) -> None:
         info, structured = self._info, self._structured
         for flags, command, cookie, offset, length, payload in requests:
             if self._lost:
@@ -236,8 +247,10 @@ class Session:
     def run_write(self, request: Request, payload: memoryview, buffer: mmap) -> None:
         """Run a request whose payload has a buffer of its own."""
         flags, command, cookie, offset, length, _ = request
+        if (throttle := self._export.throttle) is not None:
+            throttle.pay(command, length)
         if command != CMD_WRITE:  # none that there is takes so much
-            self.run([(*request[:-1], 0)], payload)
+            self._run([(*request[:-1], 0)], payload)
             self.finish_turn()
             self._buffers.give(buffer)
             return
@@ -548,6 +561,7 @@ class Session:
             or self._output.backlog >= MAX_BACKLOG
             or self._output.pieces >= MAX_PIECES
             or self._account.over
+            or self._throttled
         )
 
     def _has_room(self, size: int) -> bool:
@@ -559,7 +573,20 @@ class Session:
 
     def has_memory(self, size: int) -> bool:
         """May a payload of this size be received now?"""
+        if (throttle := self._export.throttle) is not None and not throttle.may_go_on(self):
+            self._hold_back()
+            return False
         return self._account.allows(size)
+
+    def _hold_back(self) -> None:
+        """Take no more until the export's limits let it."""
+        self._throttled = True
+        self._input.stop()
+
+    def unthrottle(self) -> None:
+        """Go on, as the export's limits let it now."""
+        self._throttled = False
+        self.resume()
 
     def stalled_since(self) -> float | None:
         """Since when the peer has neither taken its oldest reply nor sent a payload whole."""
@@ -606,6 +633,8 @@ class Session:
     def _lose(self) -> None:
         """The connection is gone. Threads that work for it are waited for; nobody hears of what they did."""
         self._lost = True
+        if self._export.throttle is not None:
+            self._export.throttle.leave(self)
         self._waiting.clear()
         self._input.close()
         self._output.close()

@@ -19,8 +19,9 @@ from nbdclone.client import Client
 from nbdclone.errors import ServerRefused, UsageError
 from nbdclone.protocol.wire import CMD_READ, EIO, NBD_REP_ERR_POLICY, NBD_REP_ERR_UNKNOWN, Option
 from nbdclone.server import peer as peer_module
-from nbdclone.server.access import Access, read_access
+from nbdclone.server.access import Access
 from nbdclone.server.server import Server
+from nbdclone.server.settings import read_settings
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import MAP_SLOTS
 from nbdclone.store.pool import Pool
@@ -40,7 +41,7 @@ def unix(uid: int | None, subject: str | None = None) -> peer_module.Peer:
 def access(tmp_path: Path, text: str) -> Access:
     path = tmp_path / "settings.toml"
     path.write_text(text)
-    return read_access(path)
+    return read_settings(path).access
 
 
 # The rules
@@ -215,13 +216,13 @@ def test_bad_settings_are_refused_in_a_line_with_file_and_key(tmp_path: Path, te
 def test_settings_that_are_no_text_or_no_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "settings.toml").write_bytes(b"\xff")
     with pytest.raises(UsageError, match=r"settings\.toml: 'utf-8' codec"):
-        read_access(tmp_path / "settings.toml")
+        read_settings(tmp_path / "settings.toml")
     with pytest.raises(UsageError, match=f"{tmp_path}: Is a directory"):
-        read_access(tmp_path)
+        read_settings(tmp_path)
 
 
 def test_without_the_file_everything_is_open(tmp_path: Path) -> None:
-    assert read_access(tmp_path / "settings.toml").refusing_rule("x", tcp("192.0.2.1")) is None
+    assert read_settings(tmp_path / "settings.toml").access.refusing_rule("x", tcp("192.0.2.1")) is None
 
 
 async def test_a_server_of_bad_settings_does_not_begin(pool: Pool, tmp_path: Path) -> None:
