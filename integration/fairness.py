@@ -48,6 +48,9 @@ class Raw:
             wire.GREETING.size + 3 * wire.OPTION_REPLY.size + wire.INFO_BLOCK_SIZE.size + wire.INFO_EXPORT.size
         )
 
+    def close(self) -> None:
+        self.sock.close()
+
     def receive(self, size: int) -> None:
         while size:
             got = len(self.sock.recv(min(size, 1 << 20)))
@@ -132,6 +135,9 @@ class Quiet:
             self._client.ask(Command.WRITE, offset, 1 << 20, os.urandom(1 << 20))
         self._client.ask(Command.FLUSH)
 
+    def close(self) -> None:
+        self._client.close()
+
     def _place(self) -> int:
         return 4096 * self._order.randrange(WARM_SIZE // 4096)
 
@@ -172,8 +178,11 @@ def target(directory: Path, *args: str) -> Iterator[tuple[Served, Quiet]]:
             file.write(os.urandom(1 << 20))
     pool = make_pool(directory / "pool", image, GREEDY, QUIET, COLD)
     image.unlink()
-    with served(pool, *args) as server:
-        yield server, Quiet(server.socket, pool / "clones" / QUIET / "delta")
+    with (
+        served(pool, *args) as server,
+        contextlib.closing(Quiet(server.socket, pool / "clones" / QUIET / "delta")) as quiet,
+    ):
+        yield server, quiet
 
 
 @contextmanager
