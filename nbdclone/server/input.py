@@ -146,13 +146,18 @@ class Input:
         """Take what was received already: at most MAX_PIPELINED bytes, before anything else. Raises as ``receive``."""
         end = self._receive_at + len(data)
         self._view[self._receive_at : end] = data
-        self._until = self._shared.begin_turn(self)
+        self.begin_turn()
         self._take(end)
         self._come_again()
 
+    def begin_turn(self) -> float:
+        """It is this connection's turn on the loop: when (``perf_counter``) that is to end."""
+        self._until = self._shared.begin_turn(self)
+        return self._until
+
     def receive(self) -> None:
         """Receive what there is, and hand on what is complete. Raises RemoteProtocolError, OSError."""
-        self._until = self._shared.begin_turn(self)
+        self.begin_turn()
         for _ in range(MAX_RECEIVES):
             more = self._receive_requests() if self._payload is None else self._receive_payload(self._payload)
             if not (more and self.active) or perf_counter() > self._until:
