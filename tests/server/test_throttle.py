@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from nbdclone.protocol.wire import CMD_FLUSH, CMD_READ, CMD_WRITE, Mode
 from nbdclone.server.limits import BURST_S, UNLIMITED, Limit, Limits, Meter, Rule
 from nbdclone.server.server import Server
 from nbdclone.server.settings import Settings, read_settings
+from nbdclone.server.throttle import Throttle
 from nbdclone.store.pool import Pool
 
 KIB = 1 << 10
@@ -193,9 +196,67 @@ async def test_flushes_count_as_requests_and_not_as_bytes(pool: Pool) -> None:
 
 
 async def test_a_read_that_is_refused_for_its_length_costs_no_more_than_the_longest(pool: Pool) -> None:
-    async with serving(pool, **serve(pool, bps=1 << 30)) as server, await Peer.open(server, "web1") as peer:
+    async with serving(pool, **serve(pool, bps=256 << 20)) as server, await Peer.open(server, "web1") as peer:
         assert (await peer.run(CMD_READ, 0, 0xFFFFFFFF)).error
         assert (await peer.run(CMD_READ, 0, 512)).data == BASE[:512]
+
+
+class Clock:
+    """A loop whose time stands still until it is told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.timers: list[tuple[float, Callable[[], None]]] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> None:
+        self.timers.append((self.now + delay, callback))
+
+    def run_until(self, moment: float) -> None:
+        while self.timers and min(self.timers, key=itemgetter(0))[0] <= moment:
+            timer = min(self.timers, key=itemgetter(0))
+            self.timers.remove(timer)
+            self.now = max(self.now, timer[0])
+            timer[1]()
+        self.now = moment
+
+
+class Customer:
+    def __init__(self, throttle: Throttle, order: list[Customer]) -> None:
+        self._throttle = throttle
+        self._order = order
+
+    def unthrottle(self) -> None:
+        while self._throttle.may_go_on(self):
+            self._throttle.pay(CMD_READ, 512)
+            self._order.append(self)
+
+
+def test_who_comes_when_others_wait_does_not_get_in_before_them() -> None:
+    clock = Clock()
+    throttle = Throttle(Limit(iops=100), clock)  # type: ignore[arg-type]
+    order: list[Customer] = []
+    first, late = Customer(throttle, order), Customer(throttle, order)
+    first.unthrottle()
+    assert order == [first] * 10
+    clock.now = 0.05  # and the timer is late
+    late.unthrottle()
+    assert len(order) == 10
+    clock.run_until(0.2)
+    assert order[10:] == [first] * 5 + [late, first] * ((len(order) - 15) // 2) + [late] * ((len(order) - 15) % 2)
+    assert len(order) > 20
+
+
+async def test_who_waits_for_the_limits_takes_nothing_when_it_has_room(pool: Pool) -> None:
+    async with serving(pool, **serve(pool, iops=1)) as server, await Peer.open(server, "web1") as peer:
+        await reads(peer, 3)
+        await until(lambda: waiting(server) == 1)
+        [connection] = server._connections
+        assert connection._session is not None
+        connection._session._on_room()
+        assert not connection._session._input.active
 
 
 def write_settings(pool: Pool, text: str) -> None:
