@@ -45,6 +45,9 @@ app = typer.Typer(
 # Two descriptors for each clone that is open, or about to be removed, and one for each connection; the usual soft limit
 # is 1,024.
 WANTED_FILES = 65536
+# How long a thread that reads from a disk waits for the interpreter while the event loop has it. The usual 5 ms,
+# several times for each read, are more than most disks take.
+SWITCH_INTERVAL_S = 0.0005
 _SIZE = re.compile(r"(\d+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -356,6 +359,7 @@ def serve(
         raise typer.BadParameter(str(error), param_hint="--listen") from None
     secured = _server_tls(tls, tls_certificates, tls_psk, tls_verify_peer)
     _raise_file_limit()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         server = Server(
             _pool(create=True),
