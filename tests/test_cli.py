@@ -140,6 +140,20 @@ def test_ls_as_json(nbdclone: Callable[..., Done], pool: Pool, image: Path) -> N
     assert len({base["id"], web1["id"], web2["id"]}) == 3
 
 
+def test_on_a_terminal_the_head_is_bold_and_no_line_is_wider(pool: Pool) -> None:
+    command = f"stty cols 40; {sys.executable} -m nbdclone --pool {pool.path} ls"
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    done = subprocess.run(
+        ["script", "-qec", command, "/dev/null"],
+        env=environment, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    head, *lines = done.stdout.splitlines()
+    assert head.startswith("\x1b[1mNAME")
+    assert head.endswith("…\x1b[0m")
+    assert len(lines) == 3
+    assert all(len(line) == 40 and line.endswith("…") for line in lines)
+
+
 def test_info_as_json_is_the_entry_of_ls(nbdclone: Callable[..., Done], pool: Pool) -> None:
     for entry in json.loads(nbdclone("ls", "--json").out):
         assert json.loads(nbdclone("info", entry["name"], "--json").out) == entry

@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import pytest
 
 from nbdclone.protocol.wire import MAX_QUERIES
-from nbdclone.server.access import read_access
 from nbdclone.server.admission import MAX_CONNECTIONS
+from nbdclone.server.limits import BURST_S, Limit
 from nbdclone.server.peer import Peer
 from nbdclone.server.quiet import INTERVAL_S
+from nbdclone.server.settings import read_settings
 from nbdclone.store import delta
 from nbdclone.store.check import check_pool
 from nbdclone.store.clone import MAX_EXTENTS
@@ -114,7 +115,7 @@ def test_the_example_of_access_is_understood_and_the_defaults_are_those_of_the_c
     text = (DOCS / "access.md").read_text()
     [example] = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
     (tmp_path / "settings.toml").write_text(example)
-    access = read_access(tmp_path / "settings.toml")
+    access = read_settings(tmp_path / "settings.toml").access
     assert access.refusing_rule("lab-1", Peer("unix", uid=1001)) is None
     assert access.refusing_rule("lab-1", Peer("unix", uid=1002)) == "lab-*"
     assert access.refusing_rule("web1", Peer("unix", uid=0, subject="CN=admin,O=Lab")) is None
@@ -125,6 +126,19 @@ def test_the_example_of_access_is_understood_and_the_defaults_are_those_of_the_c
         [sys.executable, "-m", "nbdclone", "serve", "--help"], check=True, capture_output=True, text=True, timeout=60
     )
     assert f"(default: {MAX_CONNECTIONS})" in usage.stdout
+
+
+def test_the_example_of_limits_means_what_the_page_says(tmp_path: Path) -> None:
+    text = (DOCS / "limits.md").read_text()
+    [example] = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "settings.toml").write_text(example)
+    limits = read_settings(tmp_path / "settings.toml", Limit(2000, 50 << 20)).limits
+    assert limits.of("lab-1") == Limit(500, 20 << 20)
+    assert limits.of("lab-teacher") == Limit(None, 20 << 20)
+    assert limits.of("build1") == Limit(2000, 100 << 20)
+    assert limits.of("web1") == Limit(2000, 50 << 20)
+    assert BURST_S == 0.1
+    assert "a tenth of a second's worth at once" in text
 
 
 def test_every_kind_of_finding_is_documented() -> None:

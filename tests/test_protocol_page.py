@@ -37,6 +37,8 @@ HEADINGS = [*PARTS, "Messages", "Metadata contexts", "URIs"]
 MODULES = {
     "wire": "protocol",
     "requests": "protocol",
+    "input": "server",
+    "offload": "server",
     "connection": "server",
     "session": "server",
     "admission": "server",
@@ -49,7 +51,14 @@ MODULES = {
 }
 # Constants that are named like limits and bound no peer: sizes at which the way of doing something changes, and what
 # the event loop does in one go.
-NO_LIMITS = {"session.MAX_INLINE", "client.MAX_PIECE", "client.MAX_EXTENDED_RANGE", "clone.MAX_LAYERS"}
+NO_LIMITS = {
+    "session.MAX_INLINE",
+    "input.MAX_RECEIVES",
+    "offload.MAX_THREADS",
+    "client.MAX_PIECE",
+    "client.MAX_EXTENDED_RANGE",
+    "clone.MAX_LAYERS",
+}
 
 
 def rows(heading: str) -> list[list[str]]:

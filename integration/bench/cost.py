@@ -20,6 +20,9 @@ from nbdclone.store.pool import Pool
 
 HUGE = 1 << 40
 CLONES = 1000
+LISTED = 10_000
+IDLE_CONNECTIONS = 2000
+LARGEST = (16 << 40) - (256 << 30)  # with its metadata, what ext4 takes in one file
 SPARE_FILES = 256  # besides one descriptor for each connection
 REPEATS = 21
 
@@ -34,8 +37,11 @@ class Cost:
     limit: float | None = None
 
 
-def measure_costs(directory: Path, size: int = HUGE, clones: int = CLONES) -> list[Cost]:
-    """Measure on a pool of its own in ``directory``, over a sparse base of ``size`` bytes."""
+def measure_costs(directory: Path, size: int = HUGE, clones: int = CLONES, listed: int = LISTED) -> list[Cost]:
+    """Measure on a pool of its own in ``directory``, over a sparse base of ``size`` bytes.
+
+    ``clones`` are connected to, each; ``listed`` are there at the end.
+    """
     shown = f"{size >> 40} TiB" if size >= 1 << 40 else f"{size >> 20} MiB"
     image = directory / "sparse.raw"
     with open(image, "wb") as file:
@@ -45,7 +51,10 @@ def measure_costs(directory: Path, size: int = HUGE, clones: int = CLONES) -> li
     return [
         *_making(pool, shown),
         *_opening(pool, shown),
+        *_largest(pool),
         *_many(pool, clones),
+        *_batch(pool, clones),
+        *_listing(pool, listed),
     ]
 
 
@@ -71,29 +80,83 @@ def _opening(pool: Pool, shown: str) -> list[Cost]:
     ]
 
 
-def _many(pool: Pool, count: int) -> list[Cost]:
+def _largest(pool: Pool) -> list[Cost]:
+    pool.create_clones("base", ["largest"], size=LARGEST)
+    opening = _median_ms(lambda: pool.open_clone("largest").close())
+    pool.remove(["largest"])
+    return [Cost(f"opening and closing a clone of {LARGEST / (1 << 40):.2f} TiB", opening, "ms", 10)]
+
+
+def _fill(pool: Pool, count: int) -> list[str]:
+    """Make clones until there are so many; the names of all."""
     missing = count - sum(name != "base" for name in pool.names())
-    pool.create_clones("base", [f"many-{number}" for number in range(missing)])
-    listing = _median_ms(lambda: _list(pool), repeats=3)
-    idle_mb, used_mb, each_ms = asyncio.run(_serve_all(pool, [name for name in pool.names() if name != "base"]))
+    if missing > 0:
+        pool.create_clones("base", [f"filled-to-{count}-{number}" for number in range(missing)])
+    return [name for name in pool.names() if name != "base"]
+
+
+def _many(pool: Pool, count: int) -> list[Cost]:
+    names = _fill(pool, count)
+    listing = _command_s(pool, "ls")
+    first_mb, idle_mb, used_mb, each_ms = asyncio.run(_serve_all(pool, names))
+    *_, same_mb, _each_ms = asyncio.run(_serve_all(pool, names[:1] * IDLE_CONNECTIONS))
     return [
-        Cost(f"listing {count:,} clones, as a command", listing / 1000, "s", limit=1),
+        Cost(f"listing {count:,} clones, as a command", listing, "s", limit=1),
         Cost(f"memory of a server with {count:,} clones, all connected", idle_mb, "MB", limit=150),
-        Cost("the same when each has served a read", used_mb, "MB"),
+        Cost("memory for each of them", (idle_mb - first_mb) * 1e6 / 1024 / max(count - 1, 1), "KiB", limit=16),
+        Cost("memory of the server when each has served a read", used_mb, "MB"),
         Cost("connecting to a clone that nobody has open yet", each_ms, "ms"),
+        Cost(f"memory of a server with {IDLE_CONNECTIONS:,} connections to one clone", same_mb, "MB", limit=150),
     ]
 
 
-def _list(pool: Pool) -> None:
-    command = [*COMMAND, "--pool", str(pool.path), "ls"]
-    subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True, timeout=120)
+def _batch(pool: Pool, count: int) -> list[Cost]:
+    names = [f"batch-{number}" for number in range(count)]
+    making = _command_s(pool, "clone", "base", *names, repeats=1)
+    removing = _command_s(pool, "rm", *names, repeats=1)
+    return [
+        Cost(f"making {count:,} clones in one command", making, "s", limit=3),
+        Cost(f"removing {count:,} clones in one command", removing, "s", limit=3),
+    ]
 
 
-async def _serve_all(pool: Pool, names: list[str]) -> tuple[float, float, float]:
-    """Connect to every clone at once: memory in MB then, and after a read from each; ms for each connection."""
+def _listing(pool: Pool, count: int) -> list[Cost]:
+    names = _fill(pool, count)
+
+    def start() -> None:
+        with served(pool.path):
+            pass
+
+    return [
+        *(
+            Cost(f"{' '.join(command)} with {count:,} clones, as a command", _command_s(pool, *command), "s", limit=1)
+            for command in (("ls",), ("ls", "--json"), ("tree",))
+        ),
+        Cost(f"info of one of {count:,} clones, as a command", _command_s(pool, "info", names[0]), "s"),
+        Cost("changing its quota, as a command", _command_s(pool, "quota", names[0], "1G"), "s"),
+        Cost(f"starting and stopping a server of {count:,} clones", _median_ms(start, repeats=3) / 1000, "s", limit=1),
+    ]
+
+
+def _command_s(pool: Pool, *args: str, repeats: int = 3) -> float:
+    """Seconds that a command takes, the interpreter's start included."""
+    command = [*COMMAND, "--pool", str(pool.path), *args]
+
+    def run() -> None:
+        subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, check=True, timeout=120)
+
+    return _median_ms(run, repeats) / 1000
+
+
+async def _serve_all(pool: Pool, names: list[str]) -> tuple[float, float, float, float]:
+    """Connect to every clone at once: memory in MB after the first, after all, and after a read from each; ms for each
+    connection.
+    """
     _allow_files(len(names) + SPARE_FILES)
     with served(pool.path) as server:
         async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(await Client.connect(server.uri(names[0])))
+            first_mb = memory_mb(server.pid, "VmRSS")
             began = time.perf_counter()
             clients = [
                 await stack.enter_async_context(await Client.connect(server.uri(name), timeout=60)) for name in names
@@ -102,7 +165,7 @@ async def _serve_all(pool: Pool, names: list[str]) -> tuple[float, float, float]
             idle_mb = memory_mb(server.pid, "VmRSS")
             for client in clients:
                 await client.pread(4096, client.size // 2)
-            return idle_mb, memory_mb(server.pid, "VmRSS"), each_ms
+            return first_mb, idle_mb, memory_mb(server.pid, "VmRSS"), each_ms
 
 
 def _allow_files(wanted: int) -> None:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import os
 import pwd
 import re
 import secrets
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from itertools import chain
-from pathlib import Path
 from typing import Any, TypeVar
 
-from nbdclone.errors import InvalidName, StorageError, UsageError
+from nbdclone.errors import InvalidName
 from nbdclone.server.peer import Peer, Subject, parse_subject
-from nbdclone.store.fs import FILE_SYSTEM
 from nbdclone.store.pool import validate_name
 
 # What makes a pattern of a name. None of it can be in a name.
@@ -90,29 +86,14 @@ def refused_by(rule: str, peer: Peer) -> str:
     return f'refused by access."{rule}"{certificate}'
 
 
-def read_access(path: Path) -> Access:
-    """The rules in a settings file; without the file there are none. Raises UsageError: file, key, what is wrong."""
-    try:
-        with open(FILE_SYSTEM.open_file(path, os.O_RDONLY), encoding="utf-8") as file:
-            settings = tomllib.loads(file.read())
-    except FileNotFoundError:
-        return Access()
-    except StorageError as error:
-        raise UsageError(str(error)) from None
-    except OSError as error:
-        raise UsageError(f"{path}: {os.strerror(error.errno or 0)}") from None
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: {_in_a_line(error)}") from None
-    try:
-        _refuse_unknown(settings, ("access",), "")
-        rules = _table(settings.get("access", {}), "access")
-        return Access({name: _read_rule(name, given) for name, given in rules.items()})
-    except ValueError as error:
-        raise UsageError(f"{path}: {_in_a_line(error)}") from None
+def read_access(settings: dict[str, Any]) -> Access:
+    """The rules in the settings. Raises ValueError: key, what is wrong."""
+    rules = read_table(settings.get("access", {}), "access")
+    return Access({name: _read_rule(name, given) for name, given in rules.items()})
 
 
-def _read_rule(name: str, given: Any) -> Rule:
-    key = f'access."{name}"'
+def read_pattern(name: str, key: str) -> None:
+    """Raises ValueError if no export can have a name that is this, or matches it."""
     if not _PATTERN.search(name):
         try:
             validate_name(name)
@@ -120,8 +101,13 @@ def _read_rule(name: str, given: Any) -> Rule:
             raise ValueError(f"{key}: {error}") from None
     elif not _LITERALS.fullmatch(_WILDCARDS.sub("", name)):
         raise ValueError(f"{key}: no export has a name that matches this pattern")
-    rule = _table(given, key)
-    _refuse_unknown(rule, ("subjects", "networks", "uids"), f"{key}.")
+
+
+def _read_rule(name: str, given: Any) -> Rule:
+    key = f'access."{name}"'
+    read_pattern(name, key)
+    rule = read_table(given, key)
+    refuse_unknown(rule, ("subjects", "networks", "uids"), f"{key}.")
     if not rule:
         raise ValueError(f"{key}: says nothing: give subjects, networks or uids")
     return Rule(
@@ -182,17 +168,20 @@ def _string(value: Any) -> str:
     return value
 
 
-def _table(value: Any, key: str) -> dict[str, Any]:
+def read_table(value: Any, key: str) -> dict[str, Any]:
+    """The table at this key of the settings. Raises ValueError."""
     if not isinstance(value, dict):
         raise ValueError(f"{key}: is to be a table")
     return value
 
 
-def _refuse_unknown(table: dict[str, Any], known: tuple[str, ...], prefix: str) -> None:
+def refuse_unknown(table: dict[str, Any], known: tuple[str, ...], prefix: str) -> None:
+    """Raises ValueError for a key that is not known there."""
     for key in table:
         if key not in known:
             raise ValueError(f"{prefix}{key}: is not known; known here: {', '.join(known)}")
 
 
-def _in_a_line(error: BaseException) -> str:
+def in_a_line(error: BaseException) -> str:
+    """What an error says, for a message of one line."""
     return " ".join(str(error).split())

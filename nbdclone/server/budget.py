@@ -38,7 +38,9 @@ def default_memory() -> int:
 class Borrower(Protocol):
     """A connection, as the budget sees it."""
 
-    label: str
+    @property
+    def label(self) -> str:
+        """Who it is, for the log."""
 
     def resume(self) -> None:
         """There may be memory: go on with what waited for it."""

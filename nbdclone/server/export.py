@@ -15,7 +15,9 @@ from collections.abc import AsyncIterator, Callable
 from time import perf_counter
 from typing import Any
 
+from nbdclone.server.limits import UNLIMITED, Limit, Limits
 from nbdclone.server.offload import Done, Offload
+from nbdclone.server.throttle import Throttle
 from nbdclone.store.clone import Clone
 from nbdclone.store.pool import Pool
 
@@ -43,6 +45,17 @@ class Export:
         self._flush_waiting: list[Done] = []
         self._flushing = False
         self._stalled_until = 0.0
+        self.throttle: Throttle | None = None  # what holds all connections together to the limits, if there are any
+
+    def set_limit(self, limit: Limit) -> None:
+        """Hold to this limit from now on."""
+        if self.throttle is not None and limit != UNLIMITED:
+            self.throttle.change(limit)
+        elif limit != UNLIMITED:
+            self.throttle = Throttle(limit, self._loop)
+        elif self.throttle is not None:
+            throttle, self.throttle = self.throttle, None
+            throttle.close()
 
     def change(self, work: Callable[[], Any], done: Done, attempt: Callable[[], Any] | None = None) -> None:
         """Run a change of the clone in a thread, after those before it.
@@ -63,7 +76,7 @@ class Export:
             self._finish_change(done, result, error)
             self._next_change()
 
-        self._offload.submit(work, changed)
+        self._offload.submit(work, changed, self)
 
     def _next_change(self) -> None:
         for _ in range(MAX_ATTEMPTS):
@@ -115,7 +128,7 @@ class Export:
                 except Exception:
                     logger.exception("a defect of the server")
 
-        self._offload.submit(self.clone.flush, flushed)
+        self._offload.submit(self.clone.flush, flushed, self)
 
     def note_write_time(self, seconds: float) -> None:
         """How long a write kept the event loop."""
@@ -133,8 +146,16 @@ class Export:
 class Exports:
     """The exports of a pool: opened when the first connection asks, closed (and flushed) after the last has gone."""
 
-    def __init__(self, pool: Pool, offload: Offload, keeper: Offload, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        offload: Offload,
+        keeper: Offload,
+        loop: asyncio.AbstractEventLoop,
+        limits: Limits | None = None,
+    ) -> None:
         self._pool = pool
+        self._limits = limits or Limits()
         self._offload = offload
         self._keeper = keeper  # opens and closes: hashing a base takes minutes, and nobody's reads shall wait for it
         self._loop = loop
@@ -149,6 +170,7 @@ class Exports:
             if export is None:
                 clone = await self._keeper.run(lambda: self._open_clone(name), abandoned=Clone.close)
                 export = self._open[name] = Export(clone, self._offload, self._loop)
+                export.set_limit(self._limits.of(name))
             export.users += 1
             return export
 
@@ -160,10 +182,17 @@ class Exports:
             if export.users:
                 return
             del self._open[name]
+            export.set_limit(UNLIMITED)
             try:
                 await self._keeper.run(export.clone.close)
             except Exception as error:
                 logger.error("closing '%s': %s", name, error)
+
+    def change_limits(self, limits: Limits) -> None:
+        """Other limits from now on, for the exports too that are open."""
+        self._limits = limits
+        for name, export in self._open.items():
+            export.set_limit(limits.of(name))
 
     async def names(self, shown: Callable[[str], bool]) -> list[str]:
         """The names of the exports there are at this moment, as far as they are to be shown."""

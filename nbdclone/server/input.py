@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from mmap import mmap
+from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
 from nbdclone.protocol.requests import MAX_BURST, Request, RequestLayout
@@ -21,30 +22,53 @@ RECEIVE_SIZE = PAGE + MAX_PIPELINED
 DIRECT_WRITE = 32 << 10
 # How often one wake-up receives, for the sake of the other connections, while a payload is not complete.
 MAX_RECEIVES = 16
+# How long a connection runs requests before the others have their turn: while others have had one a moment ago, and
+# while nobody has. What was received and not run must be copied out of the shared buffer: so the less is received.
+SLICE_S = 0.00025
+LONE_SLICE_S = 0.002
+CROWDED_FOR_S = 0.05
+CROWDED_RECEIVE = 64 << 10
 
 
 class Receiver(Protocol):
     """Who is told of what came in."""
 
-    def run(self, requests: list[Request], buffer: memoryview) -> None:
-        """Run these requests; their payloads stand in ``buffer``, for the time of the call."""
+    def run(self, requests: list[Request], buffer: memoryview) -> int:
+        """Run these requests; their payloads stand in ``buffer``, for the time of the call. How many it took: if not
+        all, it has stopped the input, and gets the others again when that was started.
+        """
+
+    def finish_turn(self) -> None:
+        """There are no more for now: send the replies."""
 
     def run_write(self, request: Request, payload: memoryview, buffer: mmap) -> None:
         """Run a request whose large payload stands in a buffer of its own, to be given back to the pool."""
 
     def has_memory(self, size: int) -> bool:
-        """May so much be held now? If not, the input is started again when it may."""
+        """May so much be received and held now? If not, the input is started again when it may."""
 
     def drain(self) -> None:
         """The peer sends nothing more."""
 
 
 class ReceiveBuffer:
-    """The shared buffer: a connection fills it and empties it before anybody else runs."""
+    """The shared buffer: a connection fills it and empties it before anybody else runs. It knows who did so last."""
 
     def __init__(self) -> None:
         self.buffer = mmap(-1, RECEIVE_SIZE)
         self.view = memoryview(self.buffer)
+        self.crowded = False
+        self._last: object = None
+        self._crowded_until = 0.0
+
+    def begin_turn(self, who: object) -> float:
+        """When (``perf_counter``) the turn that begins now is to end."""
+        now = perf_counter()
+        if self._last is not who:
+            self._last = who
+            self._crowded_until = now + CROWDED_FOR_S
+        self.crowded = now < self._crowded_until
+        return now + (SLICE_S if self.crowded else LONE_SLICE_S)
 
 
 class _Payload:
@@ -82,6 +106,8 @@ class Input:
         # The first request is put so that what follows its header starts on a page: a payload there is copied at full
         # speed.
         self._receive_at = PAGE - layout.size
+        self._shared = shared
+        self._until = 0.0  # when this turn ends
         self._buffer = shared.buffer
         self._view = shared.view
         self._buffers = buffers
@@ -120,13 +146,21 @@ class Input:
         """Take what was received already: at most MAX_PIPELINED bytes, before anything else. Raises as ``receive``."""
         end = self._receive_at + len(data)
         self._view[self._receive_at : end] = data
+        self.begin_turn()
         self._take(end)
+        self._come_again()
+
+    def begin_turn(self) -> float:
+        """It is this connection's turn on the loop: when (``perf_counter``) that is to end."""
+        self._until = self._shared.begin_turn(self)
+        return self._until
 
     def receive(self) -> None:
         """Receive what there is, and hand on what is complete. Raises RemoteProtocolError, OSError."""
+        self.begin_turn()
         for _ in range(MAX_RECEIVES):
             more = self._receive_requests() if self._payload is None else self._receive_payload(self._payload)
-            if not (more and self.active):
+            if not (more and self.active) or perf_counter() > self._until:
                 break
         self._come_again()
 
@@ -154,7 +188,8 @@ class Input:
                 self._take(start)
                 return False
         try:
-            count = self._sock.recv_into(view[start:])
+            limit = start + CROWDED_RECEIVE if self._shared.crowded else RECEIVE_SIZE
+            count = self._sock.recv_into(view[start:limit])
         except (BlockingIOError, InterruptedError):
             return False
         if not count:
@@ -165,17 +200,30 @@ class Input:
 
     def _take(self, end: int) -> None:
         """Hand on every whole request in the shared buffer up to ``end``, and keep the rest."""
-        requests: list[Request] = []
         self._carry = b""
+        position = self._receive_at
+        active, unparsed = self.active, True
         try:
-            position = self._parse(self._buffer, self._receive_at, end, requests)
+            while unparsed:
+                requests: list[Request] = []
+                taken = 0
+                try:
+                    position = self._parse(self._buffer, position, end, requests)
+                finally:
+                    if requests:
+                        taken = self._receiver.run(requests, self._view)
+                if taken < len(requests):
+                    position = requests[taken][5] - self._layout.size
+                    break
+                unparsed = len(requests) == MAX_BURST and position < end
+                if perf_counter() > self._until or self.active is not active:  # the others first; or no more
+                    break
         finally:
-            if requests:
-                self._receiver.run(requests, self._view)
-        if position == end:
-            return
-        if len(requests) == MAX_BURST:  # the others first
+            self._receiver.finish_turn()
+        if unparsed:
             self._carry, self._unparsed = bytes(self._view[position:end]), True
+            return
+        if position == end:
             return
         header = self._layout.size
         request = self._layout.head(self._buffer, position) if end - position >= header else None

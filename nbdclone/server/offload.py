@@ -2,6 +2,9 @@
 
 A job is a function; its outcome is handed to a callback on the event loop. No future and no task per job: a job costs
 two queue operations, and the outcomes of all jobs that end while the loop is busy cost it one wake-up.
+
+Jobs have owners: the threads are given a few more jobs than there are threads, and whenever one is done, the owner
+whose turn it is gives the next. So an owner of a thousand jobs keeps another's waiting for the few that were given.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
+from time import perf_counter
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -21,8 +25,13 @@ logger = logging.getLogger("nbdclone")
 
 # As many cold reads go to the disk at once; beyond that, disks that gain from depth gain little, and memory is bounded.
 MAX_THREADS = 16
+# Jobs that wait in front of the threads, so that none of them has to wait for the loop.
+AHEAD = 4
+# How long outcomes are handed on before others have their turn on the loop.
+SLICE_S = 0.00025
 
 Done = Callable[[Any, BaseException | None], None]
+Job = tuple[Callable[[], Any], Done]
 
 
 class Offload:
@@ -31,14 +40,20 @@ class Offload:
     def __init__(self, loop: asyncio.AbstractEventLoop, max_threads: int = MAX_THREADS) -> None:
         self._loop = loop
         self._max_threads = max_threads
-        self._jobs: SimpleQueue[tuple[Callable[[], Any], Done] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._given = 0  # jobs that the threads have, or have done and nobody has heard of
+        # The jobs of each owner that are not given yet; whose turn it is, comes first. The loop's alone.
+        self._queued: dict[object, deque[Job]] = {}
         self._outcomes: deque[tuple[Done, Any, BaseException | None]] = deque()
         self._waking = False
         self._threads: list[threading.Thread] = []
         self._unfinished = 0
 
-    def submit(self, work: Callable[[], Any], done: Done) -> None:
-        """Run ``work`` in a thread, then ``done(result, error)`` on the loop: one of the two is None."""
+    def submit(self, work: Callable[[], Any], done: Done, owner: object = None) -> None:
+        """Run ``work`` in a thread, then ``done(result, error)`` on the loop: one of the two is None.
+
+        When there is more to do than there are threads, each ``owner`` has its turn, with one job.
+        """
         self._unfinished += 1
         if self._unfinished > len(self._threads) < self._max_threads:
             thread = threading.Thread(target=self._work, name=f"nbdclone-{len(self._threads)}", daemon=True)
@@ -51,7 +66,20 @@ class Offload:
                     return
             else:
                 self._threads.append(thread)
-        self._jobs.put((work, done))
+        if self._given < self._max_threads + AHEAD:
+            self._given += 1
+            self._jobs.put((work, done))
+        else:
+            self._queued.setdefault(owner, deque()).append((work, done))
+
+    def _next(self) -> Job:
+        """The next of the jobs that wait; its owner goes to the end of the row."""
+        owner = next(iter(self._queued))
+        jobs = self._queued.pop(owner)
+        job = jobs.popleft()
+        if jobs:
+            self._queued[owner] = jobs
+        return job
 
     async def run(self, work: Callable[[], T], *, abandoned: Callable[[T], Any] | None = None) -> T:
         """The same for a coroutine.
@@ -85,11 +113,15 @@ class Offload:
         """Let the threads finish what they were given, and what follows from it, and end them."""
         while self._threads:
             ending, self._threads = self._threads, []
+            while self._queued:
+                self._given += 1
+                self._jobs.put(self._next())
             for _ in ending:
                 self._jobs.put(None)
             for thread in ending:
                 thread.join()
-            self._deliver()  # a result that nobody waits for any more is one more job
+            while self._outcomes:
+                self._deliver()  # a result that nobody waits for any more is one more job
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -108,10 +140,20 @@ class Offload:
 
     def _deliver(self) -> None:
         self._waking = False
+        until = perf_counter() + SLICE_S
         while self._outcomes:
             done, result, error = self._outcomes.popleft()
             self._unfinished -= 1
+            if self._queued:
+                self._jobs.put(self._next())
+            else:
+                self._given -= 1
             try:
                 done(result, error)
             except Exception:
                 logger.exception("a defect of the server")
+            if perf_counter() > until:
+                if self._outcomes and not self._waking:
+                    self._waking = True
+                    self._loop.call_soon(self._deliver)
+                return

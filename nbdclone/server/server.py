@@ -13,17 +13,19 @@ from types import TracebackType
 
 from nbdclone.errors import UsageError
 from nbdclone.protocol.handshake import TLSMode
-from nbdclone.server.access import Access, read_access
+from nbdclone.server.access import Access
 from nbdclone.server.admission import MAX_CONNECTIONS, Admission
 from nbdclone.server.budget import MIN_MEMORY, Budget, default_memory
 from nbdclone.server.busy import DEFAULT_LIMIT_US, Busy
 from nbdclone.server.connection import Connection
 from nbdclone.server.export import Exports
+from nbdclone.server.limits import UNLIMITED, Limit
 from nbdclone.server.listen import Listener, listen_tcp, listen_unix
 from nbdclone.server.offload import Offload
 from nbdclone.server.peer import Peer
 from nbdclone.server.quiet import QuietLog
 from nbdclone.server.session import Scratch
+from nbdclone.server.settings import read_settings
 from nbdclone.server.tls import ServerTLS
 from nbdclone.store.pool import Pool
 
@@ -55,7 +57,8 @@ class Server:
     ``max_connections_per_address`` (default: half of that) from one IP address, or one user on Unix sockets: those
     above it are closed at once. ``max_memory``: bytes that are lent to all clients together, 256 MiB at least (default:
     1 GiB, or a quarter of the machine's). ``busy_poll``: for how many microseconds at most it stays awake for the next
-    request of a client that sends one after the other; 0 for never.
+    request of a client that sends one after the other; 0 for never. ``limit``: of each export that the pool's settings
+    give none.
 
     Entering raises InUse (another server has the pool; an address is taken) or UsageError (the pool's settings too).
     """
@@ -72,8 +75,10 @@ class Server:
         max_connections_per_address: int | None = None,
         max_memory: int | None = None,
         busy_poll: int = DEFAULT_LIMIT_US,
+        limit: Limit = UNLIMITED,
     ) -> None:
         self.pool = pool
+        self._limit = limit
         self._max_memory = default_memory() if max_memory is None else max_memory
         if self._max_memory < MIN_MEMORY:
             raise UsageError(f"{max_memory} bytes of memory for all clients are too few: the least is {MIN_MEMORY}")
@@ -95,7 +100,8 @@ class Server:
         self._loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as held:
             held.enter_context(self.pool.served())
-            self.access = read_access(self.pool.settings_path)
+            settings = read_settings(self.pool.settings_path, self._limit)
+            self.access = settings.access
             self._listeners = []
             required = self.tls_mode is TLSMode.REQUIRED
             held.callback(self._close_listeners)
@@ -113,7 +119,7 @@ class Server:
                 bulk,
                 Busy(self._loop, self._busy_poll),
             )
-            self._exports = Exports(self.pool, offload, keeper, self._loop)
+            self._exports = Exports(self.pool, offload, keeper, self._loop, settings.limits)
             self._held = held.pop_all()
         self._tasks = await asyncio.TaskGroup().__aenter__()
         self.uris = [listener.uri for listener in self._listeners]
@@ -143,10 +149,12 @@ class Server:
     def reload(self) -> None:
         """Read the pool's settings and the files of TLS again, for clients to come. Bad ones are not taken."""
         try:
-            self.access = read_access(self.pool.settings_path)
+            settings = read_settings(self.pool.settings_path, self._limit)
         except UsageError as error:
             logger.error("the settings stay as they were: %s", error)
         else:
+            self.access = settings.access
+            self._exports.change_limits(settings.limits)
             logger.info("the settings were read again")
         if self.tls is None:
             return

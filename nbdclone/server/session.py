@@ -127,7 +127,7 @@ class Session:
         scratch: Scratch,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        self.label = str(peer)
+        # No more than 30 attributes: with 31, the dictionary of each of thousands of sessions takes 1.2 KiB more.
         self._peer = peer
         self._export = export
         self._clone = export.clone
@@ -167,12 +167,20 @@ class Session:
         # What makes replies, and how large they are, until there is room.
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
         self._in_flight = 0  # requests that threads work on
+        self._flushing: list[Cookie] = []  # flushes of this turn
         self._reading = 0  # bytes of replies that threads make
         self._held_writes = 0  # bytes of payload that threads write, or will
+        self._going_on: asyncio.Handle | None = None  # when others had their turn
         self._prefetching = False  # a thread runs a CACHE
+        self._throttled = False  # it waits for what the export's limits let it have
         self._draining = False  # no more requests: answer those there are, and end
         self._lost = False
         self._over: asyncio.Future[None] = loop.create_future()
+
+    @property
+    def label(self) -> str:
+        """The client, for the log."""
+        return str(self._peer)
 
     async def serve(self, trailing: bytes) -> None:
         """Serve until the connection ends and no thread works for it. ``trailing`` came with the handshake."""
@@ -220,8 +228,18 @@ class Session:
 
     # Running
 
-    def run(self, requests: list[Request], buffer: memoryview) -> None:
-        """Run requests, and send the replies of those that need not wait."""
+    def run(self, requests: list[Request], buffer: memoryview) -> int:
+        """Run requests, and gather the replies of those that need not wait. How many: the others are to come again."""
+        count = len(requests)
+        if (throttle := self._export.throttle) is not None:
+            count = throttle.admit(self, requests)
+            if count < len(requests):
+                self._hold_back()
+                requests = requests[:count]
+        self._run(requests, buffer)
+        return count
+
+    def _run(self, requests: list[Request], buffer: memoryview) -> None:
         info, structured = self._info, self._structured
         for flags, command, cookie, offset, length, payload in requests:
             if self._lost:
@@ -243,13 +261,15 @@ class Session:
                 self._run_filtered_status(flags, cookie, offset, buffer[payload : payload + length])
             else:
                 self._run_other(flags, command, cookie, offset, length)
-        self._finish_pass()
 
     def run_write(self, request: Request, payload: memoryview, buffer: mmap) -> None:
         """Run a request whose payload has a buffer of its own."""
         flags, command, cookie, offset, length, _ = request
+        if (throttle := self._export.throttle) is not None:
+            throttle.pay(command, length)
         if command != CMD_WRITE:  # none that there is takes so much
-            self.run([(*request[:-1], 0)], payload)
+            self._run([(*request[:-1], 0)], payload)
+            self.finish_turn()
             self._buffers.give(buffer)
             return
         if error := request_error(self._info, self._structured, flags, command, offset, length):
@@ -257,9 +277,13 @@ class Session:
             self._reply(cookie, error)
         else:
             self._write(flags, cookie, offset, payload, buffer)
-        self._finish_pass()
+        self.finish_turn()
 
-    def _finish_pass(self) -> None:
+    def finish_turn(self) -> None:
+        """Send the replies that were gathered, and begin the flush that was asked for."""
+        if cookies := self._flushing:
+            self._flushing = []
+            self._export.flush(partial(self._flushed, cookies))
         self._output.push()
         if self._full():
             self._input.stop()
@@ -270,7 +294,7 @@ class Session:
         clone = self._clone
         if command == CMD_FLUSH:
             self._in_flight += 1
-            self._export.flush(self._finisher(cookie))
+            self._flushing.append(cookie)
         elif command == CMD_CACHE:
             # It is advice: more of it than the disk can follow is taken and forgotten.
             if self._prefetching:
@@ -284,7 +308,7 @@ class Session:
                 self._prefetching = False
                 finish(result, error)
 
-            self._offload.submit(lambda: clone.prefetch(offset, min(length, MAX_PREFETCH)), done)
+            self._offload.submit(lambda: clone.prefetch(offset, min(length, MAX_PREFETCH)), done, self._export)
         elif command in (CMD_TRIM, CMD_WRITE_ZEROES):
             allocate = bool(flags & CMD_FLAG_NO_HOLE)
             if flags & CMD_FLAG_FAST_ZERO and (allocate or not clone.fast_zero):
@@ -433,7 +457,7 @@ class Session:
                 self._fail(cookie, error)
             self._on_room()
 
-        (self._bulk if bulky else self._offload).submit(work, done)
+        (self._bulk if bulky else self._offload).submit(work, done, self._export)
 
     def _tell_status(self, cookie: Cookie, offset: int, length: int, contexts: Contexts, one: bool, held: int) -> None:
         clone, layout = self._clone, self._layout
@@ -452,7 +476,8 @@ class Session:
                     self._output.add(chunk)
             self._on_room()
 
-        self._offload.submit(lambda: block_status(clone, contexts, cookie, offset, length, one, layout), done)
+        work = partial(block_status, clone, contexts, cookie, offset, length, one, layout)
+        self._offload.submit(work, done, self._export)
 
     def _write(self, flags: int, cookie: Cookie, offset: int, view: memoryview, buffer: mmap | None) -> None:
         """Run a write, on the spot if nothing makes it wait. ``buffer`` is its own, to be given back, or None."""
@@ -501,6 +526,16 @@ class Session:
         if buffer is not None:
             self._buffers.give(buffer)
 
+    def _flushed(self, cookies: list[Cookie], _result: Any, error: BaseException | None) -> None:
+        """Answer the flushes of a turn: its writes came before the flush of them all began."""
+        self._in_flight -= len(cookies)
+        for cookie in cookies:
+            if error is None:
+                self._succeed(cookie)
+            else:
+                self._fail(cookie, error)
+        self._on_room()
+
     # Answering
 
     def _finisher(self, cookie: Cookie, *, fua: bool = False) -> Done:
@@ -545,6 +580,7 @@ class Session:
             or self._output.backlog >= MAX_BACKLOG
             or self._output.pieces >= MAX_PIECES
             or self._account.over
+            or self._throttled
         )
 
     def _has_room(self, size: int) -> bool:
@@ -556,7 +592,20 @@ class Session:
 
     def has_memory(self, size: int) -> bool:
         """May a payload of this size be received now?"""
+        if (throttle := self._export.throttle) is not None and not throttle.may_go_on(self):
+            self._hold_back()
+            return False
         return self._account.allows(size)
+
+    def _hold_back(self) -> None:
+        """Take no more until the export's limits let it."""
+        self._throttled = True
+        self._input.stop()
+
+    def unthrottle(self) -> None:
+        """Go on, as the export's limits let it now."""
+        self._throttled = False
+        self.resume()
 
     def stalled_since(self) -> float | None:
         """Since when the peer has neither taken its oldest reply nor sent a payload whole."""
@@ -584,13 +633,27 @@ class Session:
         self._check_over()
 
     def _start_waiting(self) -> None:
+        if not self._waiting:
+            return
+        until = self._input.begin_turn()
         while self._waiting and not self._lost and self._has_room(self._waiting[0][0]):
             _size, begin = self._waiting.popleft()
             begin()
+            if perf_counter() > until:
+                if self._going_on is None:
+                    self._going_on = self._loop.call_soon(self._go_on)
+                break
+
+    def _go_on(self) -> None:
+        """It is this connection's turn again, with what had room and no time."""
+        self._going_on = None
+        self._guarded(self._resume)
 
     def _lose(self) -> None:
         """The connection is gone. Threads that work for it are waited for; nobody hears of what they did."""
         self._lost = True
+        if self._export.throttle is not None:
+            self._export.throttle.leave(self)
         self._waiting.clear()
         self._input.close()
         self._output.close()

@@ -126,7 +126,6 @@ class Clone:
         preadv, fds, strides, nowait = self._preadv, self._fds, self._strides, self._nowait
         lead = offset & BLOCK_MASK
         shift = offset // SEGMENT_SIZE + 1
-        length = len(view)
         try:
             for run in _RUN.finditer(owners):
                 first, end = run.span()

@@ -520,9 +520,10 @@ def read_header(fd: int, path: str, fs: FileSystem = FILE_SYSTEM, nowait: bool =
     """
     headers: list[Header] = []
     errors: list[CorruptDelta] = []
-    for slot in HEADER_SLOTS:
+    pages = dict.fromkeys(read_page(fs, fd, slot, nowait) for slot in HEADER_SLOTS)  # one, where both are the same
+    for page in pages:
         try:
-            headers.append(Header.decode(read_page(fs, fd, slot, nowait), path))
+            headers.append(Header.decode(page, path))
         except CorruptDelta as error:
             errors.append(error)
     if not headers:

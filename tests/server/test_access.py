@@ -20,8 +20,9 @@ from nbdclone.client import Client
 from nbdclone.errors import ServerRefused, UsageError
 from nbdclone.protocol.wire import CMD_READ, EIO, NBD_REP_ERR_POLICY, NBD_REP_ERR_UNKNOWN, Option
 from nbdclone.server import peer as peer_module
-from nbdclone.server.access import Access, read_access
+from nbdclone.server.access import Access
 from nbdclone.server.server import Server
+from nbdclone.server.settings import read_settings
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import MAP_SLOTS
 from nbdclone.store.pool import Pool
@@ -41,7 +42,7 @@ def unix(uid: int | None, subject: str | None = None) -> peer_module.Peer:
 def access(tmp_path: Path, text: str) -> Access:
     path = tmp_path / "settings.toml"
     path.write_text(text)
-    return read_access(path)
+    return read_settings(path).access
 
 
 # The rules
@@ -216,16 +217,18 @@ def test_bad_settings_are_refused_in_a_line_with_file_and_key(tmp_path: Path, te
 def test_settings_that_are_no_text_or_no_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "settings.toml").write_bytes(b"\xff")
     with pytest.raises(UsageError, match=r"settings\.toml: 'utf-8' codec"):
-        read_access(tmp_path / "settings.toml")
+        read_settings(tmp_path / "settings.toml")
     with pytest.raises(UsageError, match=rf"{tmp_path}: cannot be opened \(not a regular file\)"):
-        read_access(tmp_path)
+        read_settings(tmp_path)
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(UsageError, match=r"fifo: cannot be opened \(not a regular file\)"):
-        read_access(tmp_path / "fifo")
+        read_settings(tmp_path / "fifo")
 
 
 # What is nearly right: the words that are known, in any place, and values of any kind.
-KEYS = st.sampled_from(["access", "subjects", "networks", "uids", "x", "web*", "[", "*", "a.b", ""])
+KEYS = st.sampled_from(
+    ["access", "limit", "iops", "bps", "subjects", "networks", "uids", "x", "web*", "[", "*", "a.b", ""]
+)
 VALUES = st.recursive(
     st.one_of(
         st.integers(-(1 << 70), 1 << 70),
@@ -264,7 +267,7 @@ def test_any_settings_are_understood_or_refused_in_a_line(tmp_path: Path, conten
     path.write_bytes(content)
     said = f"{path}: "
     try:
-        read_access(path).refusing_rule("x", tcp("192.0.2.1", "CN=x"))
+        read_settings(path).access.refusing_rule("x", tcp("192.0.2.1", "CN=x"))
     except UsageError as error:
         said = str(error)
     assert said.startswith(f"{path}: ")
@@ -277,7 +280,7 @@ def test_settings_nested_without_end_are_refused_in_a_line(tmp_path: Path) -> No
 
 
 def test_without_the_file_everything_is_open(tmp_path: Path) -> None:
-    assert read_access(tmp_path / "settings.toml").refusing_rule("x", tcp("192.0.2.1")) is None
+    assert read_settings(tmp_path / "settings.toml").access.refusing_rule("x", tcp("192.0.2.1")) is None
 
 
 async def test_a_server_of_bad_settings_does_not_begin(pool: Pool, tmp_path: Path) -> None:

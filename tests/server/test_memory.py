@@ -255,3 +255,9 @@ async def test_a_client_that_went_away_does_not_get_its_turn(pool: Pool, monkeyp
         others[0].account.give(4 * MIB)
         await until(lambda: not server._connections)
         assert not made
+
+
+async def test_a_session_has_no_more_attributes_than_share_their_names(pool: Pool, tmp_path: Path) -> None:
+    """With more than 30, each of thousands of sessions has a dictionary of its own, of 1.2 KiB."""
+    async with short(pool, 300, sockets=[tmp_path / "s"]) as (server, _others), await Peer.open(server, "web1"):
+        assert len(vars(only_session(server))) <= 30

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from serving import PATIENCE_S, Gate, until
 
-from nbdclone.server.offload import MAX_THREADS, Offload
+from nbdclone.server import offload as offload_module
+from nbdclone.server.offload import AHEAD, MAX_THREADS, Offload
 
 
 @pytest.fixture
@@ -207,3 +208,50 @@ async def test_a_callback_that_raises_takes_no_other_with_it(
     offload.submit(lambda: 2, lambda result, _error: heard.append(result))
     await until(lambda: heard == [2] and bool(caplog.records))
     assert "a defect of the server" in caplog.text
+
+
+async def test_an_owner_of_many_jobs_keeps_anothers_waiting_for_few_of_them() -> None:
+    offload = Offload(asyncio.get_running_loop(), 1)
+    gate = Gate()
+    gate.close()
+    order: list[str] = []
+
+    def submit(owner: str) -> None:
+        offload.submit(gate.go_through, lambda _result, _error: order.append(owner), owner)
+
+    for _ in range(50):
+        submit("greedy")
+    submit("quiet")
+    submit("third")
+    submit("quiet")
+    gate.open()
+    await until(lambda: len(order) == 53)
+    assert order[AHEAD + 2 : AHEAD + 7] == ["quiet", "third", "greedy", "quiet", "greedy"]
+    offload.close()
+
+
+async def test_the_loop_has_its_turn_between_outcomes(offload: Offload, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload_module, "SLICE_S", 0)
+    loop = asyncio.get_running_loop()
+    order: list[str] = []
+
+    def done(_result: Any, _error: BaseException | None) -> None:
+        order.append("outcome")
+        loop.call_soon(order.append, "others")
+
+    finished = threading.Semaphore(0)
+    for _ in range(3):
+        offload.submit(finished.release, done)
+        assert finished.acquire(timeout=PATIENCE_S)
+    time.sleep(0.05)  # noqa: ASYNC251 - the outcomes are there, and the loop has not heard of them
+    await until(lambda: len(order) == 6)
+    assert order == ["outcome", "others"] * 3
+
+
+async def test_close_waits_for_the_jobs_that_were_not_given_to_a_thread_yet() -> None:
+    offload = Offload(asyncio.get_running_loop(), 1)
+    finished: list[int] = []
+    for number in range(20):
+        offload.submit(partial(finished.append, number), lambda _result, _error: None, number % 3)
+    offload.close()
+    assert sorted(finished) == list(range(20))

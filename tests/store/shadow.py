@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from simulated import Directory, File, Tree, change_entries
 
 from nbdclone.store.fs import FileSystem
+
+T = TypeVar("T")
 
 
 class ShadowFileSystem(FileSystem):
@@ -83,6 +85,10 @@ class ShadowFileSystem(FileSystem):
         FileSystem.remove_tree(path, ignore_errors=ignore_errors)
         _forget(self._directory(path.parent), path.name)
         self.on_step()
+
+    def for_each(self, work: Callable[[T], object], items: Sequence[T]) -> None:
+        for item in items:  # one after the other: what a seed gives must be the same each time
+            work(item)
 
     def datasync(self, fd: int) -> None:  # type: ignore[override]
         name, file = self._files[fd]

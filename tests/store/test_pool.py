@@ -532,3 +532,68 @@ def test_no_base_is_removed_while_a_clone_may_need_it_that_cannot_be_read(pool: 
     assert "base" in pool.names()
     pool.remove(["base", "unreadable"])
     assert pool.names() == []
+
+
+# How much is looked at
+
+
+class Counting(FileSystem):
+    """Says which files were opened."""
+
+    def __init__(self) -> None:
+        self.opened: list[str] = []
+
+    def open_file(self, path: str | Path, flags: int) -> int:
+        self.opened.append(str(path))
+        return super().open_file(path, flags)
+
+
+def test_about_one_clone_no_other_is_read(pool: Pool) -> None:
+    pool.create_clones("base", [f"more{number}" for number in range(20)])
+    fs = Counting()
+    watched = Pool.open(pool.path, fs=fs)
+    [entry] = [entry for entry in pool.entries() if entry.name == "more7"]
+    assert watched.info("more7") == entry
+    assert watched.set_quota("more7", 1 << 20).quota == 1 << 20
+    assert set(fs.opened) == {str(pool.path / "clones" / "more7" / "delta")}
+
+
+def test_about_one_clone_it_is_said_that_its_base_is_missing(pool: Pool) -> None:
+    pool.create_clones("base", ["web1"])
+    shutil.rmtree(pool.path / "bases" / "base")
+    info = pool.info("web1")
+    assert [info] == [entry for entry in pool.entries() if entry.name == "web1"]
+    assert info.error is not None
+    assert "its base 'base'" in info.error
+
+
+def test_clones_that_are_made_together_are_made_in_threads_and_an_error_is_the_first(pool: Pool) -> None:
+    threads: set[int] = set()
+
+    class Watched(FileSystem):
+        def sync(self, fd: int) -> None:  # type: ignore[override]
+            threads.add(threading.get_ident())
+            time.sleep(0.002)
+            os.fsync(fd)
+
+    names = [f"new{number}" for number in range(30)]
+    made = Pool.open(pool.path, fs=Watched()).create_clones("base", names)
+    assert [info.name for info in made] == names
+    assert len(threads) > 1
+    assert threading.get_ident() not in threads
+
+    class Broken(FileSystem):
+        def sync(self, fd: int) -> None:  # type: ignore[override]
+            raise OSError(errno.EIO, "broken")
+
+    before = pool.names()
+    with pytest.raises(OSError, match="broken"):
+        Pool.open(pool.path, fs=Broken()).create_clones("base", [f"other{number}" for number in range(30)])
+    assert pool.names() == before
+    assert os.listdir(pool.path / ".tmp") == []
+
+
+def test_clones_of_a_base_share_its_record(pool: Pool) -> None:
+    pool.create_clones("base", ["web1", "web2"])
+    with pool.open_clone("web1") as one, pool.open_clone("web2") as other:
+        assert one.layers[0].record is other.layers[0].record  # type: ignore[union-attr]

@@ -391,6 +391,7 @@ async def test_a_server_that_shuts_down_answers_what_was_asked_and_then_closes(t
         await peer.send(*[peer.asks(READ, n * 65536, 65536, cookie=n) for n in range(64)])
         await peer.send(peer.asks(WRITE, 0, cookie=64, payload=b"x" * 2 * MIB), peer.asks(FLUSH, cookie=65))
         await until(lambda: disk.reads.waiting > 0)
+        await asyncio.sleep(SILENCE_S)  # in which all of that is taken
         leaving = asyncio.create_task(server.__aexit__(None, None, None))
         await asyncio.sleep(SILENCE_S)
         await peer.send(peer.asks(READ, 0, 512, cookie=66))  # too late: for another connection
