@@ -192,7 +192,7 @@ async def test_flushes_count_as_requests_and_not_as_bytes(pool: Pool) -> None:
         began = time.monotonic()
         await peer.send(*[peer.request(CMD_FLUSH, cookie=n) for n in range(15)])
         await peer.replies(15)
-        assert time.monotonic() - began >= (14 - 50 * BURST_S) / 50
+        assert time.monotonic() - began >= (13 - 50 * BURST_S) / 50
 
 
 async def test_a_read_that_is_refused_for_its_length_costs_no_more_than_the_longest(pool: Pool) -> None:
