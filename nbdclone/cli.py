@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from nbdclone.server.server import Server
+    from nbdclone.server.supervisor import Supervisor
     from nbdclone.server.tls import ServerTLS
     from nbdclone.store.pool import BaseInfo, CloneInfo, Pool
 
@@ -324,6 +325,10 @@ def serve(
             "--max-memory", parser=parse_size, metavar="SIZE", help="For all clients together (default: at most 1G)."
         ),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, metavar="N", help="Processes to serve with (default: one for each core)."),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
 ) -> None:
     """Serve every clone, and every base read-only, until told to stop (SIGTERM). SIGHUP: read the settings again."""
@@ -332,6 +337,7 @@ def serve(
     from nbdclone.server.admission import MAX_CONNECTIONS
     from nbdclone.server.listen import parse_address
     from nbdclone.server.server import Server
+    from nbdclone.server.supervisor import Supervisor, divide_memory
 
     logging.basicConfig(format="nbdclone: %(message)s", level=logging.DEBUG if verbose else logging.WARNING)
     try:
@@ -339,19 +345,22 @@ def serve(
     except UsageError as error:
         raise typer.BadParameter(str(error), param_hint="--listen") from None
     secured = _server_tls(tls, tls_certificates, tls_psk, tls_verify_peer)
+    count, memory = divide_memory(max_memory, workers)
     _raise_file_limit()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        server = Server(
-            _pool(create=True),
-            listen=addresses,
-            sockets=socket or [],
-            tls=secured,
-            insecure=insecure,
-            max_connections=max_connections or MAX_CONNECTIONS,
-            max_connections_per_address=max_connections_per_address,
-            max_memory=max_memory,
-        )
-        runner.run(_serve(server))
+        pool = _pool(create=True)
+        options: dict[str, Any] = {
+            "listen": addresses,
+            "sockets": socket or [],
+            "tls": secured,
+            "insecure": insecure,
+            "max_connections": max_connections or MAX_CONNECTIONS,
+            "max_connections_per_address": max_connections_per_address,
+        }
+        if count == 1:
+            runner.run(_serve(Server(pool, max_memory=memory, **options)))
+        else:
+            runner.run(_serve(Supervisor(pool, workers=count, worker_memory=memory, **options)))
 
 
 def _server_tls(mode: TLSMode | None, certificates: Path | None, psk: Path | None, verify: bool) -> ServerTLS | None:
@@ -393,7 +402,7 @@ def cert(
     print(advice(directory, client or ()))
 
 
-async def _serve(server: Server) -> None:
+async def _serve(server: Server | Supervisor) -> None:
     from nbdclone.server.notify import sd_notify
 
     stop = asyncio.Event()

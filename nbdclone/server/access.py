@@ -91,12 +91,25 @@ def refused_by(rule: str, peer: Peer) -> str:
 
 def read_access(path: Path) -> Access:
     """The rules in a settings file; without the file there are none. Raises UsageError: file, key, what is wrong."""
+    return parse_access(read_settings(path), path)
+
+
+def read_settings(path: Path) -> str:
+    """The text of a settings file; none without the file. Raises UsageError."""
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        return Access()
+        return ""
     except OSError as error:
         raise UsageError(f"{path}: {os.strerror(error.errno or 0)}") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: {_in_a_line(error)}") from None
+
+
+def parse_access(text: str, path: Path) -> Access:
+    """The rules in the text of the settings file at ``path``. Raises UsageError."""
+    try:
+        settings = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {_in_a_line(error)}") from None
     try:

@@ -12,7 +12,7 @@ import socket
 import ssl
 from mmap import mmap
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from nbdclone.credentials import psk_server_context, reason, server_context
 from nbdclone.errors import RemoteProtocolError, UsageError
@@ -54,6 +54,13 @@ class ServerTLS:
         self._verify_peer = verify_peer
         self.context = self._load()
         self.ciphertext = memoryview(mmap(-1, CIPHERTEXT))  # between the kernel and OpenSSL; shared by all connections
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it was made with, as JSON can hold it: ``ServerTLS(**settings)`` reads the same files."""
+        paths = {"certificates": self._certificates, "psk": self._psk}
+        shown = {name: path if path is None else str(path) for name, path in paths.items()}
+        return shown | {"required": self.required, "verify_peer": self._verify_peer}
 
     def reload(self) -> None:
         """Read the files again, for the connections to come. Raises UsageError, and then all is as it was."""

@@ -243,7 +243,7 @@ async def test_a_client_that_comes_in_the_moment_of_the_stop_does_not_hold_it_up
     with socket.socket(socket.AF_UNIX) as client:
         async with serving(pool) as server:
             client.connect(str(pool.path.parent / "nbd.sock"))
-            server._accept(server._listeners[0])  # its task has not begun when the server is left
+            server._acceptor.accept(server._acceptor.listeners[0])  # its task has not begun when the server is left
         client.settimeout(PATIENCE_S)
         assert client.recv(100) == b""
     assert time.monotonic() - began < 3
