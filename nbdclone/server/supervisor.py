@@ -169,7 +169,7 @@ class Supervisor:
 
     async def _reload_workers(self, settings: bool, tls: bool) -> None:
         """Let every worker take up what is good, and say so when all have."""
-        message = {"do": "reload", "settings": self._settings, "tls": tls}
+        message = {"do": "reload", "settings": self._settings, "tls": self._tls and self._tls.record()}
         asked = [process.channel.ask(message) for process in self._processes.values() if not process.ending]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         errors = [answer["error"] for answer in answers if isinstance(answer, dict) and "error" in answer]
@@ -226,7 +226,7 @@ class Supervisor:
         start = {
             "do": "start",
             "settings": self._settings,
-            "tls": self._tls and self._tls.settings,
+            "tls": self._tls and self._tls.record(),
             "max_memory": self._worker_memory,
             "log_level": logger.getEffectiveLevel(),
         }

@@ -122,7 +122,7 @@ class Worker:
 
     def _make_host(self, start: Message) -> Host:
         logging.basicConfig(format="nbdclone: %(message)s", level=start["log_level"])
-        tls = ServerTLS(**start["tls"]) if start["tls"] else None
+        tls = ServerTLS.from_record(start["tls"]) if start["tls"] else None
         host = Host(Pool.open(self._pool), tls=tls, max_memory=start["max_memory"])
         host.access = parse_access(start["settings"], host.pool.settings_path)
         return host
@@ -158,7 +158,7 @@ class Worker:
         try:
             self._host.access = parse_access(message["settings"], self._host.pool.settings_path)
             if message["tls"] and self._host.tls is not None:
-                self._host.tls.reload()
+                self._host.tls.context = ServerTLS.from_record(message["tls"]).context
         except NBDCloneError as error:
             self._channel.answer(message, error=str(error))
         else:

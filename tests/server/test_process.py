@@ -211,13 +211,19 @@ async def test_the_clones_of_a_base_that_was_edited_are_refused_by_a_server_that
         assert "export 'web1': clone 'web1' is refused: base 'base' was changed" in err
 
 
-async def test_without_descriptors_it_goes_on_when_there_are_some_again(pool: Pool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("workers", "complaint"),
+    [("1", "cannot accept: [Errno 24] Too many open files"), ("2", "a connection was lost: too many open files")],
+)
+async def test_without_descriptors_it_goes_on_when_there_are_some_again(
+    pool: Pool, tmp_path: Path, workers: str, complaint: str
+) -> None:
     path = tmp_path / "nbd.sock"
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
 
-    with program(pool.path, "--socket", path, preexec_fn=limit) as process:
+    with program(pool.path, "--socket", path, "--workers", workers, preexec_fn=limit) as process:
         ready(process)
         loop = asyncio.get_running_loop()
         socks = []
@@ -233,7 +239,7 @@ async def test_without_descriptors_it_goes_on_when_there_are_some_again(pool: Po
             assert await client.pread(512, 0) == BASE[:512]
         status, err = end(process)
         assert status == 0
-        assert "cannot accept: [Errno 24] Too many open files" in err
+        assert complaint in err
 
 
 def resident_bytes(pid: int) -> int:
