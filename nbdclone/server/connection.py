@@ -172,7 +172,8 @@ class Connection:
         near, far = socket.socketpair()
         with far:
             elsewhere.take(far, state, True)
-        self._relay = Relay(self._sock, self._raw, near, self._server.scratch.received.view, self._loop)
+        scratch = self._server.scratch.received.view
+        self._relay = Relay(self._sock, self._raw, self._peer.label, near, scratch, self._loop)
         await self._relay.run()
 
     async def _send_all(self, handshake: ServerHandshake) -> None:

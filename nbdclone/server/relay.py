@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Callable
 
 from nbdclone.server.output import is_gone
 from nbdclone.server.tls import TLSSocket
+
+logger = logging.getLogger("nbdclone")
 
 # What one pass moves, and what a direction holds at most: two pieces of what TLS encrypts at once.
 PIECE = 64 << 10
@@ -34,6 +37,7 @@ class Relay:
         self,
         secured: TLSSocket,
         raw: socket.socket,
+        label: str,
         plain: socket.socket,
         scratch: memoryview,
         loop: asyncio.AbstractEventLoop,
@@ -42,6 +46,7 @@ class Relay:
         plain.setblocking(False)
         self._secured = secured
         self._raw = raw  # the same connection, for the event loop
+        self._label = label  # whose it is, for the log
         self._plain = plain
         self._scratch = scratch[:PIECE]
         self._loop = loop
@@ -155,7 +160,8 @@ class Relay:
             step()
         except (BlockingIOError, InterruptedError):
             pass
-        except OSError:
+        except OSError as error:
+            logger.debug("%s: connection lost: %s", self._label, error)
             self._end()
 
     def _end(self) -> None:

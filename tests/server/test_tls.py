@@ -14,8 +14,10 @@ import ssl
 from pathlib import Path
 
 import pytest
+import serving as serving_module
 from cryptography import x509
 from cryptography.x509.oid import NameOID
+from moving import Moving
 from secure import STARTTLS, SecurePeer, certificates, only, revoke, sign, trusting
 from serving import BASE, MIB, PATIENCE_S, Peer, connect, go_data, make_pool, option, serving, until, where
 from test_session_oracle import IMAGE, SIZE, WINDOW, initial, work
@@ -30,6 +32,15 @@ from nbdclone.server.tls import ServerTLS, TLSSocket
 from nbdclone.store.pool import Pool
 
 V12, V13 = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["here", "relayed"])
+def relayed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whatever is said here of TLS also holds where another worker has the export, and this one stays in between."""
+    if request.param:
+        monkeypatch.setattr(serving_module, "Server", Moving)
+        monkeypatch.setitem(globals(), "Server", Moving)
+    return bool(request.param)
 
 
 @pytest.fixture(autouse=True)
