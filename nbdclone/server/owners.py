@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class _Worker:
+    ready: bool = False  # may connections go to it?
     open: bool = True  # may it be given something new?
     exports: set[str] = field(default_factory=set)
     handshakes: set[int] = field(default_factory=set)
@@ -43,8 +44,12 @@ class Owners:
     # Workers
 
     def add(self, worker: int) -> None:
-        """It is there to be given something."""
+        """It is starting: exports may be given to it, whose connections then wait until it is ready."""
         self._workers[worker] = _Worker()
+
+    def ready(self, worker: int) -> None:
+        """It can make handshakes."""
+        self._workers[worker].ready = True
 
     def close(self, worker: int) -> None:
         """It is dying, or to end: it is given nothing new, and keeps what it has."""
@@ -66,8 +71,8 @@ class Owners:
 
     @property
     def available(self) -> list[int]:
-        """The workers that may be given something."""
-        return [number for number, worker in self._workers.items() if worker.open]
+        """The workers to which connections may go."""
+        return [number for number, worker in self._workers.items() if worker.open and worker.ready]
 
     def without_exports(self) -> bool:
         """Is there a worker, to be given something, that has no export yet?"""
@@ -83,7 +88,7 @@ class Owners:
 
     def arrive(self, number: int) -> int:
         """A new connection: the worker that makes its handshake. There must be one available."""
-        worker = self._least_loaded()
+        worker = self._least_loaded(self.available)
         self._connections[number] = _Connection(worker)
         self._workers[worker].handshakes.add(number)
         return worker
@@ -100,7 +105,8 @@ class Owners:
         if asking in self._workers:
             self._workers[asking].handshakes.discard(number)
         if name not in self._owners:
-            self._owners[name] = owner = self._least_loaded(asking)
+            candidates = [number for number, worker in self._workers.items() if worker.open]
+            self._owners[name] = owner = self._least_loaded(candidates, asking)
             self._workers[owner].exports.add(name)
             self._claims[name] = set()
         self._claims[name].add(number)
@@ -150,5 +156,5 @@ class Owners:
     def __contains__(self, number: object) -> bool:
         return number in self._connections
 
-    def _least_loaded(self, preferred: int | None = None) -> int:
-        return min(self.available, key=lambda worker: (self._workers[worker].load, worker != preferred))
+    def _least_loaded(self, candidates: list[int], preferred: int | None = None) -> int:
+        return min(candidates, key=lambda worker: (self._workers[worker].load, worker != preferred))

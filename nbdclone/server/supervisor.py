@@ -96,7 +96,8 @@ class Supervisor:
         self._processes: dict[int, Process] = {}
         self._peers: dict[int, Peer] = {}  # of each connection that there is
         self._numbers = count(1)
-        # What waits for a dying worker to be dead: it may have the export open until then.
+        # What waits until a worker that is starting can serve, or one that is dying, and may have the export open, is
+        # dead.
         self._parked: list[tuple[Process, Message, int | None]] = []
         self._failures = 0  # workers that died young, or could not be started, one after the other
         self._not_before = 0.0  # when the next may be started
@@ -218,7 +219,6 @@ class Supervisor:
         self._processes[process.number] = process
         self._owners.add(process.number)
         self._tasks.create_task(self._watch(process))
-        self._acceptor.start()
 
     async def _watch(self, process: Process) -> None:
         """See a worker through from its start to its death."""
@@ -235,7 +235,12 @@ class Supervisor:
         except ConnectionError:
             process.refusal = "a worker ended before it could serve"
         process.settled.set()
-        if process.refusal is not None and not process.channel.lost:
+        if process.refusal is None:
+            self._owners.ready(process.number)
+            if not self._stopping:
+                self._acceptor.start()
+            self._unpark()
+        elif not process.channel.lost:
             logger.error("a worker cannot serve: %s", process.refusal)
             process.channel.close()
             self._lose(process)
@@ -271,10 +276,13 @@ class Supervisor:
             if lived_s >= YOUNG_S:
                 self._failures = 0
             self._pause()
+        self._unpark()
+        self._provide()
+
+    def _unpark(self) -> None:
         parked, self._parked = self._parked, []
         for asking, message, fd in parked:
             self._take(asking, message, fd)
-        self._provide()
 
     def _retire(self, before: set[int]) -> None:
         """End those who had nothing to do the last time and now, but one."""
@@ -308,7 +316,7 @@ class Supervisor:
             self._owners.release(number)
         else:
             owner = self._owners.claim(number, message["name"])
-            if self._processes[owner].ending:
+            if self._processes[owner].ending or not self._processes[owner].settled.is_set():
                 self._parked.append((process, message, fd))
             elif verb == "claim":
                 process.channel.answer(message, here=owner == process.number)

@@ -13,6 +13,7 @@ def owners(count: int) -> Owners:
     book = Owners()
     for worker in range(count):
         book.add(worker)
+        book.ready(worker)
     return book
 
 
@@ -144,6 +145,17 @@ def test_workers_without_anything_are_known() -> None:
     assert not book.without_exports()
 
 
+def test_a_worker_that_is_starting_may_have_exports_and_makes_no_handshakes() -> None:
+    book = owners(1)
+    book.add(7)
+    assert [book.arrive(number) for number in range(4)] == [0] * 4
+    assert book.available == [0]
+    assert book.claim(0, "web1") == 7
+    assert book.arrive(9) == 0
+    book.ready(7)
+    assert book.arrive(10) == 7
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_whatever_happens_no_export_is_open_in_two_workers_and_nothing_is_left_behind(seed: int) -> None:
     """Workers as they behave: they open at a claim that is theirs, and release after they have closed."""
@@ -189,6 +201,7 @@ def test_whatever_happens_no_export_is_open_in_two_workers_and_nothing_is_left_b
             workers.discard(dead)
             workers.add(new := next(numbers))
             book.add(new)
+            book.ready(new)
         assert len({name for _worker, name in users}) == len(users), "in two at once"
     for number in at:
         book.leave(number)
