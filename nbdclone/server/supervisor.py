@@ -34,8 +34,9 @@ from nbdclone.store.pool import Pool
 
 logger = logging.getLogger("nbdclone")
 
-# A worker that died younger than this may die again at once: the next one is started after a pause that doubles.
-YOUNG_S = 10.0
+# The first worker that dies is replaced at once, so that its clients find another when they come again, and not all the
+# one that is left. When one dies younger than this after that, there is a pause, and the next time twice that.
+YOUNG_S = 2.0
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 30.0
 # How long a worker has nothing to do until it is ended; one such is kept for the next export.
@@ -210,7 +211,7 @@ class Supervisor:
 
     def _pause(self) -> None:
         """Start no worker for a while, that grows while nothing comes of it."""
-        pause = min(FIRST_PAUSE_S * 2**self._failures, LONGEST_PAUSE_S)
+        pause = min(FIRST_PAUSE_S * 2 ** (self._failures - 1), LONGEST_PAUSE_S) if self._failures else 0.0
         self._failures += 1
         self._not_before = self._loop.time() + pause
 
@@ -222,7 +223,6 @@ class Supervisor:
 
     async def _watch(self, process: Process) -> None:
         """See a worker through from its start to its death."""
-        began = self._loop.time()
         start = {
             "do": "start",
             "settings": self._settings,
@@ -234,6 +234,7 @@ class Supervisor:
             process.refusal = (await process.channel.ask(start, self._lock)).get("error")
         except ConnectionError:
             process.refusal = "a worker ended before it could serve"
+        began = self._loop.time()
         process.settled.set()
         if process.refusal is None:
             self._owners.ready(process.number)
@@ -276,8 +277,8 @@ class Supervisor:
             if lived_s >= YOUNG_S:
                 self._failures = 0
             self._pause()
-        self._unpark()
         self._provide()
+        self._unpark()
 
     def _unpark(self) -> None:
         parked, self._parked = self._parked, []
