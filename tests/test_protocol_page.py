@@ -41,7 +41,8 @@ MODULES = {
     "session": "server",
     "admission": "server",
     "budget": "server",
-    "server": "server",
+    "host": "server",
+    "relay": "server",
     "quiet": "server",
     "clone": "store",
     "client": "",
@@ -49,7 +50,13 @@ MODULES = {
 }
 # Constants that are named like limits and bound no peer: sizes at which the way of doing something changes, and what
 # the event loop does in one go.
-NO_LIMITS = {"session.MAX_INLINE", "client.MAX_PIECE", "client.MAX_EXTENDED_RANGE", "clone.MAX_LAYERS"}
+NO_LIMITS = {
+    "session.MAX_INLINE",
+    "client.MAX_PIECE",
+    "client.MAX_EXTENDED_RANGE",
+    "clone.MAX_LAYERS",
+    "relay.MAX_PASSES",
+}
 
 
 def rows(heading: str) -> list[list[str]]:
