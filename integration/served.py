@@ -9,6 +9,7 @@ For example:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -76,10 +77,23 @@ class Served:
         before, question_mark, after = self.uris[0].partition("?")
         return before.rstrip("/") + ("///" if question_mark else "/") + export + question_mark + after
 
+    @property
+    def workers(self) -> list[int]:
+        """The processes that serve, if that is not the first one itself."""
+        return children(self.pid)
+
     def kill(self) -> None:
-        """SIGKILL: the end without a warning."""
+        """SIGKILL to all of it: the end without a warning."""
+        if self._process.poll() is None:
+            os.kill(self.pid, signal.SIGSTOP)  # or it would notice, and start others
+        workers = self.workers
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._process.kill()
         self._process.wait()
+        while any(is_running(pid) for pid in workers):  # nobody has a clone any more
+            time.sleep(0.001)
 
     @property
     def was_killed(self) -> bool:
@@ -137,6 +151,23 @@ def _await_ready_line(process: subprocess.Popen[bytes], stdout: Path) -> list[st
     line = said.splitlines()[0]
     assert line.startswith("nbdclone ready on "), f"the server's first line was {line!r}"
     return line.removeprefix("nbdclone ready on ").split()
+
+
+def children(pid: int) -> list[int]:
+    """The processes that one has started; none if it is gone."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += map(int, path.read_text().split())
+    return found
+
+
+def is_running(pid: int) -> bool:
+    """Is it there, and not a dead one that nobody has asked for yet?"""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def sha256_of_file(path: Path) -> str:

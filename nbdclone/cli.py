@@ -30,6 +30,7 @@ from nbdclone.protocol.handshake import TLSMode
 
 if TYPE_CHECKING:
     from nbdclone.server.server import Server
+    from nbdclone.server.supervisor import Supervisor
     from nbdclone.server.tls import ServerTLS
     from nbdclone.store.pool import BaseInfo, CloneInfo, Pool
 
@@ -354,6 +355,10 @@ def serve(
         int | None,
         typer.Option("--bps", parser=parse_rate, metavar="SIZE", help="Bytes a second, for each export."),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, metavar="N", help="Processes to serve with (default: one for each core)."),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
 ) -> None:
     """Serve every clone, and every base read-only, until told to stop (SIGTERM). SIGHUP: read the settings again."""
@@ -361,9 +366,11 @@ def serve(
 
     from nbdclone.server.admission import MAX_CONNECTIONS
     from nbdclone.server.busy import DEFAULT_LIMIT_US
+    from nbdclone.server.host import Options
     from nbdclone.server.limits import Limit
     from nbdclone.server.listen import parse_address
     from nbdclone.server.server import Server
+    from nbdclone.server.supervisor import Supervisor, divide_memory
 
     logging.basicConfig(format="nbdclone: %(message)s", level=logging.DEBUG if verbose else logging.WARNING)
     try:
@@ -371,22 +378,24 @@ def serve(
     except UsageError as error:
         raise typer.BadParameter(str(error), param_hint="--listen") from None
     secured = _server_tls(tls, tls_certificates, tls_psk, tls_verify_peer)
+    count, memory = divide_memory(max_memory, workers)
     _raise_file_limit()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        server = Server(
-            _pool(create=True),
-            listen=addresses,
-            sockets=socket or [],
-            tls=secured,
-            insecure=insecure,
-            max_connections=max_connections or MAX_CONNECTIONS,
-            max_connections_per_address=max_connections_per_address,
-            max_memory=max_memory,
-            busy_poll=DEFAULT_LIMIT_US if busy_poll is None else busy_poll,
-            limit=Limit(iops, bps),
-        )
-        runner.run(_serve(server))
+        pool = _pool(create=True)
+        options: dict[str, Any] = {
+            "listen": addresses,
+            "sockets": socket or [],
+            "tls": secured,
+            "insecure": insecure,
+            "max_connections": max_connections or MAX_CONNECTIONS,
+            "max_connections_per_address": max_connections_per_address,
+            "options": Options(DEFAULT_LIMIT_US if busy_poll is None else busy_poll, Limit(iops, bps)),
+        }
+        if count == 1:
+            runner.run(_serve(Server(pool, max_memory=memory, **options)))
+        else:
+            runner.run(_serve(Supervisor(pool, workers=count, worker_memory=memory, **options)))
 
 
 def _server_tls(mode: TLSMode | None, certificates: Path | None, psk: Path | None, verify: bool) -> ServerTLS | None:
@@ -428,7 +437,7 @@ def cert(
     print(advice(directory, client or ()))
 
 
-async def _serve(server: Server) -> None:
+async def _serve(server: Server | Supervisor) -> None:
     from nbdclone.server.notify import sd_notify
 
     stop = asyncio.Event()

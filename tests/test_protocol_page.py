@@ -43,7 +43,8 @@ MODULES = {
     "session": "server",
     "admission": "server",
     "budget": "server",
-    "server": "server",
+    "host": "server",
+    "relay": "server",
     "quiet": "server",
     "clone": "store",
     "client": "",
@@ -58,6 +59,7 @@ NO_LIMITS = {
     "client.MAX_PIECE",
     "client.MAX_EXTENDED_RANGE",
     "clone.MAX_LAYERS",
+    "relay.MAX_PASSES",
 }
 
 

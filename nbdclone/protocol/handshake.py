@@ -7,12 +7,13 @@
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
 from nbdclone.errors import LocalProtocolError, RemoteProtocolError
 from nbdclone.protocol import wire
@@ -133,6 +134,51 @@ class ServerHandshake:
         self._requested_infos: frozenset[int] = frozenset()
         self._contexts: tuple[tuple[int, str], ...] = ()
         self._contexts_export = ""  # for which they were selected
+
+    def state(self) -> dict[str, Any]:
+        """All that this handshake knows, as JSON can hold it, for another to go on from: ``resumed``.
+
+        Raises:
+            LocalProtocolError: there is something to send, it is over, or it waits for more than OpenExport's answer.
+        """
+        asked = self._unanswered
+        if self._outgoing or self.closed or self.finished or not isinstance(asked, OpenExport | None):
+            raise LocalProtocolError("a handshake cannot be moved at this point")
+        return {
+            "tls": self._tls.value,
+            "in_tls": self._in_tls,
+            "mode": self.mode.value,
+            "client_flags": self._client_flags,
+            "option_count": self._option_count,
+            "contexts": self._contexts,
+            "contexts_export": self._contexts_export,
+            "asked": asked and (asked.name, asked.purpose.value, asked.wants_description),
+            "requested_infos": sorted(self._requested_infos),
+            "received": b64encode(self._received).decode(),
+        }
+
+    @classmethod
+    def resumed(cls, state: dict[str, Any]) -> ServerHandshake:
+        """The handshake whose ``state`` this is: to the client, the same. What it asked last is ``unanswered``."""
+        handshake = cls(TLSMode(state["tls"]))
+        handshake._outgoing.clear()  # it was greeted
+        handshake._in_tls = state["in_tls"]
+        handshake.mode = Mode(state["mode"])
+        handshake._client_flags = state["client_flags"]
+        handshake._option_count = state["option_count"]
+        handshake._contexts = tuple((number, context) for number, context in state["contexts"])
+        handshake._contexts_export = state["contexts_export"]
+        if state["asked"]:
+            name, purpose, wants_description = state["asked"]
+            handshake._unanswered = OpenExport(name, Purpose(purpose), wants_description)
+        handshake._requested_infos = frozenset(state["requested_infos"])
+        handshake._received += b64decode(state["received"])
+        return handshake
+
+    @property
+    def unanswered(self) -> Event | None:
+        """The event that waits for its answer."""
+        return self._unanswered
 
     def data_to_send(self) -> list[bytes]:
         """The next messages to send, and forget them; the first call gives the greeting. Call until there are none.

@@ -29,10 +29,10 @@ STALL_S = 20.0
 CHECK_INTERVAL_S = 1.0
 
 
-def default_memory() -> int:
-    """What a server lends to its clients if nobody says, in bytes."""
+def default_memory(workers: int = 1) -> int:
+    """What a server of so many processes lends to its clients if nobody says, in bytes."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(MIN_MEMORY, min(MAX_MEMORY, machine // MACHINE_SHARE))
+    return max(MIN_MEMORY, min(max(MAX_MEMORY, workers * MIN_MEMORY), machine // MACHINE_SHARE))
 
 
 class Borrower(Protocol):

@@ -6,21 +6,23 @@ import asyncio
 import contextlib
 import logging
 import socket
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nbdclone.errors import NBDCloneError, RemoteProtocolError
 from nbdclone.protocol.handshake import ListExports, OpenExport, Purpose, ServerHandshake, StartTLS
 from nbdclone.protocol.wire import NBD_REP_ERR_UNKNOWN, ExportInfo, transmission_flags
 from nbdclone.server.access import refused_by
 from nbdclone.server.errnos import describe, refusal
-from nbdclone.server.export import Export, Exports
+from nbdclone.server.export import Export
 from nbdclone.server.peer import Peer
+from nbdclone.server.relay import Relay
 from nbdclone.server.session import Session
 from nbdclone.server.tls import AnySocket, TLSSocket
 
 if TYPE_CHECKING:
-    from nbdclone.server.server import Server
+    from nbdclone.server.host import Host
 
 logger = logging.getLogger("nbdclone")
 
@@ -31,19 +33,51 @@ RECEIVE_SIZE = 64 << 10
 LINGER_S = 1.0
 
 
-class Connection:
-    """A client's connection; ``serve`` is its whole life, and the task that runs it owns everything in it."""
+class Opener(Protocol):
+    """What a connection gets its export from."""
 
-    def __init__(self, sock: socket.socket, peer: Peer, exports: Exports, server: Server) -> None:
+    async def acquire(self, name: str) -> Export:
+        """The export of that name, to be given back. Raises NBDCloneError, OSError; Elsewhere."""
+
+    async def release(self, export: Export) -> None:
+        """Give it back."""
+
+    async def names(self, shown: Callable[[str], bool]) -> list[str]:
+        """The names of the exports there are, as far as they are to be shown."""
+
+
+class Elsewhere(Exception):
+    """Another process has the export. ``take`` gives it the connection: its socket, of which a copy is made, the state
+    to go on from, and whether this process stays in between, with the TLS that cannot be moved."""
+
+    def __init__(self, take: Callable[[socket.socket, dict[str, Any], bool], None]) -> None:
+        super().__init__()
+        self.take = take
+
+
+class Connection:
+    """A client's connection; ``serve`` is its whole life, and the task that runs it owns everything in it.
+
+    ``moved`` is the state in which another process gave it away.
+    """
+
+    def __init__(
+        self, sock: socket.socket, peer: Peer, exports: Opener, server: Host, moved: dict[str, Any] | None = None
+    ) -> None:
         self._raw = sock
         self._sock: AnySocket = sock  # the same, or what TLS makes of it
         self._peer = peer
         self._exports = exports
         self._server = server
         self._loop = asyncio.get_running_loop()
-        self._deadline = self._loop.time() + HANDSHAKE_DEADLINE_S
+        if moved is None:
+            self._handshake = ServerHandshake(server.tls_mode)
+        else:
+            self._handshake = ServerHandshake.resumed(moved["handshake"])
+        self._deadline = self._loop.time() + (HANDSHAKE_DEADLINE_S if moved is None else moved["time_left_s"])
         self._session: Session | None = None
         self._export: Export | None = None
+        self._relay: Relay | None = None
         self._task: asyncio.Task[None] | None = None
         self._drained = False  # it is the server that ends this connection
 
@@ -64,17 +98,18 @@ class Connection:
             try:
                 if self._export is not None:
                     await asyncio.shield(self._exports.release(self._export))
-                if self._session is not None and self._drained:
+                ended_here = self._drained if self._session else self._relay is not None and self._relay.delivered
+                if ended_here:
                     await self._linger()
             finally:
                 self._sock.close()
 
     def drain(self) -> None:
-        """Answer what was asked and end; a handshake ends at once."""
+        """Answer what was asked and end; a handshake ends at once. One that is relayed ends when its owner ends it."""
         self._drained = True
         if self._session is not None:
             self._session.drain()
-        elif self._task is not None:
+        elif self._task is not None and self._relay is None:
             self._task.cancel()
 
     def abandon(self) -> None:
@@ -95,18 +130,19 @@ class Connection:
                     pass
 
     async def _serve(self) -> None:
-        handshake = ServerHandshake(self._server.tls_mode)
+        handshake = self._handshake
         while handshake.finished is None:
-            event = handshake.next_event()
+            event = handshake.next_event() or handshake.unanswered  # the latter has been moved with it
             if isinstance(event, ListExports):
                 handshake.send_list([(name, "") for name in await self._exports.names(self._may_have)])
             elif isinstance(event, OpenExport):
-                await self._answer(handshake, event)
+                try:
+                    await self._answer(handshake, event)
+                except Elsewhere as elsewhere:
+                    await self._move(handshake, elsewhere)
+                    return
             async with asyncio.timeout_at(self._deadline):
-                while messages := handshake.data_to_send():
-                    for message in messages:
-                        await self._send(message)
-                    await asyncio.sleep(0)  # a list of thousands is sent between what others do
+                await self._send_all(handshake)
                 if handshake.closed:
                     return
                 if isinstance(event, StartTLS):
@@ -123,6 +159,28 @@ class Connection:
         if self._drained:  # while the last option was answered
             self._session.drain()
         await self._session.serve(handshake.trailing_data())
+
+    async def _move(self, handshake: ServerHandshake, elsewhere: Elsewhere) -> None:
+        """Give the connection to the process that has the export, or relay to it what comes out of TLS."""
+        async with asyncio.timeout_at(self._deadline):
+            await self._send_all(handshake)
+        state = {"handshake": handshake.state(), "time_left_s": self._deadline - self._loop.time()}
+        state["peer"] = self._peer.record()
+        if not isinstance(self._sock, TLSSocket):
+            elsewhere.take(self._raw, state, False)
+            return
+        near, far = socket.socketpair()
+        with far:
+            elsewhere.take(far, state, True)
+        scratch = self._server.scratch.received.view
+        self._relay = Relay(self._sock, self._raw, self._peer.label, near, scratch, self._loop)
+        await self._relay.run()
+
+    async def _send_all(self, handshake: ServerHandshake) -> None:
+        while messages := handshake.data_to_send():
+            for message in messages:
+                await self._send(message)
+            await asyncio.sleep(0)  # a list of thousands is sent between what others do
 
     async def _send(self, message: bytes) -> None:
         if isinstance(self._sock, TLSSocket):
@@ -145,9 +203,15 @@ class Connection:
     async def _answer(self, handshake: ServerHandshake, event: OpenExport) -> None:
         """Open the export that the client names; the time that takes is not the client's."""
         began = self._loop.time()
+        try:
+            await self._open(handshake, event)
+        finally:
+            self._deadline += self._loop.time() - began
+
+    async def _open(self, handshake: ServerHandshake, event: OpenExport) -> None:
         # Who may not have it must not learn that it is there, by the time that the answer takes either: another name is
         # looked for in its place, which nobody has, and all else is as if there was no such export.
-        access = self._server.access
+        access = self._server.settings.access
         decoy = access.decoy(event.name)
         rule = access.refusing_rule(event.name, self._peer)
         try:
@@ -163,7 +227,6 @@ class Connection:
             if event.purpose is Purpose.INFO:
                 self._export = None
                 await asyncio.shield(self._exports.release(export))
-        self._deadline += self._loop.time() - began
 
     def _log_refusal(self, name: str, reason: str, reply: int) -> None:
         """Missing exports and those that are not for this client are of one kind: neither silences the other alone."""
@@ -171,4 +234,4 @@ class Connection:
         self._server.scratch.quiet.say(kind, "%s: export %r: %s", self._peer, name[:100], reason)
 
     def _may_have(self, name: str) -> bool:
-        return self._server.access.refusing_rule(name, self._peer) is None
+        return self._server.settings.access.refusing_rule(name, self._peer) is None

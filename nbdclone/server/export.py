@@ -194,6 +194,10 @@ class Exports:
         for name, export in self._open.items():
             export.set_limit(limits.of(name))
 
+    async def require(self, name: str) -> None:
+        """Raise NotFound unless there is an export of that name."""
+        await self._keeper.run(lambda: self._pool.require(name))
+
     async def names(self, shown: Callable[[str], bool]) -> list[str]:
         """The names of the exports there are at this moment, as far as they are to be shown."""
         return await self._keeper.run(lambda: [name for name in self._pool.names() if shown(name)])

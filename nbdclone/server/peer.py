@@ -7,9 +7,10 @@ import os
 import re
 import socket
 import struct
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Any
 
 # struct ucred of SO_PEERCRED (man 7 unix): pid, uid, gid.
 _CREDENTIALS = struct.Struct("iII")
@@ -60,6 +61,14 @@ class Peer:
             )
             return cls(f"unix uid {uid} pid {pid}", uid=uid)
         return cls("unix")
+
+    def record(self) -> dict[str, Any]:
+        """The same for another process, as JSON can hold it: ``from_record``."""
+        return asdict(self) | {"address": self.address and str(self.address)}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Peer:
+        return cls(**record | {"address": ip_address(record["address"]) if record["address"] else None})
 
     def __str__(self) -> str:
         return self.label

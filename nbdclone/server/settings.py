@@ -12,7 +12,7 @@ from typing import Any
 
 from nbdclone.errors import StorageError, UsageError
 from nbdclone.server.access import Access, in_a_line, read_access, read_pattern, read_table, refuse_unknown
-from nbdclone.server.limits import Limit, Limits, Rule
+from nbdclone.server.limits import UNLIMITED, Limit, Limits, Rule
 from nbdclone.store.fs import FILE_SYSTEM
 
 _SIZE = re.compile(r"(\d{1,18})([KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -28,20 +28,33 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
 
 
-def read_settings(path: Path, default: Limit = Limit()) -> Settings:  # noqa: B008 - it is frozen
-    """Read the file; ``default`` holds for exports that it gives no limit. A missing file says nothing.
+def read_settings(path: Path, default: Limit = UNLIMITED) -> Settings:
+    """Read the file; ``default`` holds for exports that it gives no limit.
 
     Raises UsageError: file, key, what is wrong.
     """
+    return parse_settings(read_text(path), path, default)
+
+
+def read_text(path: Path) -> str:
+    """What is in the file; a missing one says nothing. Raises UsageError."""
     try:
         with open(FILE_SYSTEM.open_file(path, os.O_RDONLY), encoding="utf-8") as file:
-            settings = tomllib.loads(file.read())
+            return file.read()
     except FileNotFoundError:
-        settings = {}
+        return ""
     except StorageError as error:
         raise UsageError(str(error)) from None
     except OSError as error:
         raise UsageError(f"{path}: {os.strerror(error.errno or 0)}") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: {in_a_line(error)}") from None
+
+
+def parse_settings(text: str, path: Path, default: Limit = UNLIMITED) -> Settings:
+    """The settings that this text of the file at ``path`` says. Raises UsageError."""
+    try:
+        settings = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: {in_a_line(error)}") from None
     try:

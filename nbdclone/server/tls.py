@@ -8,13 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import ssl
+import tempfile
+from base64 import b64decode, b64encode
 from mmap import mmap
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from nbdclone.credentials import psk_server_context, reason, server_context
+from nbdclone.credentials import (
+    CA_CERTIFICATE,
+    CA_REVOKED,
+    SERVER_CERTIFICATE,
+    SERVER_KEY,
+    psk_server_context,
+    reason,
+    server_context,
+)
 from nbdclone.errors import RemoteProtocolError, UsageError
 from nbdclone.server.input import Input
 
@@ -28,6 +39,10 @@ RECORD = 16 << 10  # OpenSSL takes no more than this at once
 # What OpenSSL has to say of its own accord and the peer does not take, in bytes. It answers each change of keys that a
 # peer asks for with 27; in peace there is one in hundreds of gigabytes.
 MAX_OWN_WORDS = 16 << 10
+
+
+SERVER_FILES = (CA_CERTIFICATE, CA_REVOKED, SERVER_CERTIFICATE, SERVER_KEY)
+_PSK = "psk"
 
 
 class ServerTLS:
@@ -55,15 +70,56 @@ class ServerTLS:
         self.context = self._load()
         self.ciphertext = memoryview(mmap(-1, CIPHERTEXT))  # between the kernel and OpenSSL; shared by all connections
 
+    def record(self) -> dict[str, Any]:
+        """The same for another process, as JSON can hold it, keys included: ``from_record``.
+
+        What the files hold by now does not matter: all processes have what was read last.
+        """
+        files = {name: b64encode(data).decode() for name, data in self._files.items()}
+        return {"files": files, "required": self.required, "verify_peer": self._verify_peer}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> ServerTLS:
+        options = {"required": record["required"], "verify_peer": record["verify_peer"]}
+        # OpenSSL wants names of files; these lie in memory, and no key comes to a disk.
+        with contextlib.ExitStack() as held:
+            directory = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="nbdclone-")))
+            for name, data in record["files"].items():
+                file = held.enter_context(open(os.memfd_create(name), "wb"))
+                file.write(b64decode(data))
+                file.flush()
+                (directory / name).symlink_to(f"/proc/self/fd/{file.fileno()}")
+            if _PSK in record["files"]:
+                return cls(psk=directory / _PSK, **options)
+            return cls(directory, **options)
+
     def reload(self) -> None:
         """Read the files again, for the connections to come. Raises UsageError, and then all is as it was."""
         self.context = self._load()
 
     def _load(self) -> ssl.SSLContext:
+        files = self._read()
         if self._certificates is not None:
-            return server_context(Path(self._certificates), verify_peer=self._verify_peer)
-        assert self._psk is not None
-        return psk_server_context(Path(self._psk))
+            context = server_context(Path(self._certificates), verify_peer=self._verify_peer)
+        else:
+            assert self._psk is not None
+            context = psk_server_context(Path(self._psk))
+        if self._read() != files:
+            raise UsageError(f"{self._certificates or self._psk}: changed while it was read")
+        self._files = files
+        return context
+
+    def _read(self) -> dict[str, bytes]:
+        """The files as they are now, by their names in a directory of certificates; those that are there."""
+        if self._certificates is not None:
+            paths = {name: Path(self._certificates, name) for name in SERVER_FILES}
+        else:
+            paths = {_PSK: Path(self._psk or "")}
+        files = {}
+        for name, path in paths.items():
+            with contextlib.suppress(OSError):
+                files[name] = path.read_bytes()
+        return files
 
 
 class TLSSocket:

@@ -306,6 +306,10 @@ class Pool:
 
     # Opening
 
+    def require(self, name: str) -> None:
+        """Raise NotFound unless there is a base or clone of that name."""
+        self._place(name)
+
     def open_clone(self, name: str) -> Clone:
         """Open a clone for reading and writing, or a base for reading.
 
@@ -322,8 +326,11 @@ class Pool:
         return Clone(name, [base, delta], self._fs)
 
     @contextlib.contextmanager
-    def served(self) -> Iterator[None]:
-        """Be the pool's server. Raises InUse that names the one there is."""
+    def served(self) -> Iterator[int]:
+        """Be the pool's server, for as long as the descriptor that this gives is open, in whichever process.
+
+        Raises InUse that names the one there is.
+        """
         mount = mount_of(os.stat(self.path).st_dev)
         if mount is not None and mount.locks_are_unknown:
             logger.warning(
@@ -334,7 +341,7 @@ class Pool:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             self._fs.lock(fd, path, f"pool {self.path}")
-            yield
+            yield fd
         finally:
             os.close(fd)
 

@@ -15,7 +15,7 @@ from serving import BASE, MIB, PATIENCE_S, Disk, Peer, connect, go_data, make_po
 from nbdclone.client import Client
 from nbdclone.errors import ConnectionFailed, InUse, UsageError
 from nbdclone.protocol.wire import CMD_FLUSH, CMD_READ, CMD_WRITE, CMD_WRITE_ZEROES, Option
-from nbdclone.server import server as server_module
+from nbdclone.server import host as host_module
 from nbdclone.server.server import Server, serve
 from nbdclone.store.clone import Clone
 from nbdclone.store.pool import Pool
@@ -56,7 +56,7 @@ async def test_tcp_connections_answer_at_once_and_notice_a_peer_that_vanished(po
             option(socket.IPPROTO_TCP, number)
             for number in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
         )
-        assert idle + interval * count == server_module.KEEPALIVE_S
+        assert idle + interval * count == host_module.KEEPALIVE_S
 
 
 async def test_a_second_server_of_the_pool_is_refused_with_the_process_of_the_first(pool: Pool) -> None:
@@ -155,7 +155,7 @@ async def test_leaving_ends_idle_connections_and_handshakes_at_once(pool: Pool) 
 async def test_leaving_waits_for_a_client_that_reads_slowly_and_no_longer_than_the_limit(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "DRAIN_S", 0.4)
+    monkeypatch.setattr(host_module, "DRAIN_S", 0.4)
     async with serving(pool) as server:
         slow, dead = await Peer.open(server, "web1"), await Peer.open(server, "web1")
         for peer in (slow, dead):
@@ -243,7 +243,7 @@ async def test_a_client_that_comes_in_the_moment_of_the_stop_does_not_hold_it_up
     with socket.socket(socket.AF_UNIX) as client:
         async with serving(pool) as server:
             client.connect(str(pool.path.parent / "nbd.sock"))
-            server._accept(server._listeners[0])  # its task has not begun when the server is left
+            server._acceptor.accept(server._acceptor.listeners[0])  # its task has not begun when the server is left
         client.settimeout(PATIENCE_S)
         assert client.recv(100) == b""
     assert time.monotonic() - began < 3

@@ -39,8 +39,7 @@ from nbdclone.protocol.wire import (
     OptionReply,
     TransmissionFlag,
 )
-from nbdclone.server import server as server_module
-from nbdclone.server import session
+from nbdclone.server import host, session
 from nbdclone.server.input import DIRECT_WRITE
 from nbdclone.server.server import Server
 from nbdclone.store.pool import Pool
@@ -314,7 +313,7 @@ async def test_what_is_left_of_a_long_trim_is_not_waited_for_when_the_server_mus
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "MAX_ZEROED", MIB)
-    monkeypatch.setattr(server_module, "DRAIN_S", 0.05)
+    monkeypatch.setattr(host, "DRAIN_S", 0.05)
     disk = Disk()
     pool = make_pool(tmp_path, b"d" * 8 * MIB, "web1", fs=disk)
     abandon = Server._abandon

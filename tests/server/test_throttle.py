@@ -14,6 +14,7 @@ from serving import BASE, Peer, serving, until
 
 from nbdclone.errors import UsageError
 from nbdclone.protocol.wire import CMD_FLUSH, CMD_READ, CMD_WRITE, Mode
+from nbdclone.server.host import Options
 from nbdclone.server.limits import BURST_S, UNLIMITED, Limit, Limits, Meter, Rule
 from nbdclone.server.server import Server
 from nbdclone.server.settings import Settings, read_settings
@@ -132,7 +133,7 @@ def test_what_is_wrong_with_a_limit_is_said(tmp_path: Path, text: str, said: str
 
 
 def serve(pool: Pool, **limit: float) -> dict[str, object]:
-    return {"sockets": [pool.path.parent / "nbd.sock"], "limit": Limit(**limit)}
+    return {"sockets": [pool.path.parent / "nbd.sock"], "options": Options(limit=Limit(**limit))}
 
 
 async def reads(peer: Peer, count: int, first: int = 0, length: int = 512) -> None:

@@ -14,8 +14,10 @@ import ssl
 from pathlib import Path
 
 import pytest
+import serving as serving_module
 from cryptography import x509
 from cryptography.x509.oid import NameOID
+from moving import Moving
 from secure import STARTTLS, SecurePeer, certificates, only, revoke, sign, trusting
 from serving import BASE, MIB, PATIENCE_S, Peer, connect, go_data, make_pool, option, serving, until, where
 from test_session_oracle import IMAGE, SIZE, WINDOW, initial, work
@@ -24,12 +26,21 @@ from nbdclone.client import Client
 from nbdclone.errors import ConnectionFailed, ServerRefused
 from nbdclone.protocol.wire import CMD_DISC, CMD_FLUSH, CMD_READ, CMD_WRITE, Option, OptionReply
 from nbdclone.server import connection, quiet, session, tls
-from nbdclone.server import server as server_module
+from nbdclone.server import host as host_module
 from nbdclone.server.server import Server
 from nbdclone.server.tls import ServerTLS, TLSSocket
 from nbdclone.store.pool import Pool
 
 V12, V13 = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["here", "relayed"])
+def relayed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whatever is said here of TLS also holds where another worker has the export, and this one stays in between."""
+    if request.param:
+        monkeypatch.setattr(serving_module, "Server", Moving)
+        monkeypatch.setitem(globals(), "Server", Moving)
+    return bool(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -259,7 +270,7 @@ async def test_the_oracle_through_tls_with_little_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, seed: int
 ) -> None:
     # Half the connections through a Unix socket with the smallest of buffers; little is received at once.
-    monkeypatch.setattr(server_module, "SEND_BUFFER", 1)
+    monkeypatch.setattr(host_module, "SEND_BUFFER", 1)
     monkeypatch.setattr(tls, "CIPHERTEXT", size)
     pool = make_pool(tmp_path, IMAGE, "web1", size=SIZE)
     expected = initial(0)
@@ -282,7 +293,7 @@ async def test_the_oracle_through_tls_with_little_room(
 async def test_a_slow_reader_gets_all_and_holds_back_itself_alone(
     pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "SEND_BUFFER", 4096)
+    monkeypatch.setattr(host_module, "SEND_BUFFER", 4096)
     async with serving(pool, **secured(tmp_path)) as server, await opened(server) as peer:
         await peer.send(*[peer.request(CMD_READ, 0, MIB, cookie=i) for i in range(20)])
         await works(server)

@@ -48,8 +48,7 @@ from wirebytes import (
     simple,
 )
 
-from nbdclone.server import connection
-from nbdclone.server import server as server_module
+from nbdclone.server import accept, connection
 from nbdclone.server.listen import Listener
 from nbdclone.store.pool import Pool
 
@@ -320,7 +319,7 @@ async def test_every_option_reply_is_one_write_and_below_4096_bytes(
 ) -> None:
     """nbd-client takes what one read() gives for the reply, and its buffers for descriptions hold 1024 bytes."""
     pool.create_clones("base", ["n" * 100, *[f"clone{number}" for number in range(50)]])
-    monkeypatch.setattr(server_module, "listen_unix", listen_for_records)
+    monkeypatch.setattr(accept, "listen_unix", listen_for_records)
     path = tmp_path / "records.sock"
     asked = [
         (LIST, b""),
