@@ -248,6 +248,33 @@ def info(name: str, as_json: Json = False) -> None:
 
 
 @app.command()
+def trace(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="A base.")],
+    drop: Annotated[bool, typer.Option("--drop", help="Remove it: the next clone that starts is recorded.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a boot of a base reads, which a server reads ahead when a clone of it starts."""
+    from nbdclone.store.trace import bytes_in, directory_of_base, drop_trace, load_trace, runs_in
+
+    directory = directory_of_base(_pool().path, base)
+    if drop:
+        dropped = drop_trace(directory)
+        print(f"base '{base}': {'the trace was removed' if dropped else 'there is no trace'}")
+        return
+    found = load_trace(directory)
+    if as_json:
+        facts = (
+            {"bytes": bytes_in(found.grains), "runs": runs_in(found), "created": found.created / 1e9} if found else None
+        )
+        _print_json(facts)
+    elif found is None:
+        print(f"base '{base}': no boot was recorded yet")
+    else:
+        size, when = show_size(bytes_in(found.grains)), _when(found.created / 1e9)
+        print(f"base '{base}': a boot reads {size} in {runs_in(found)} pieces (recorded {when})")
+
+
+@app.command()
 def check(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Clones and bases (default: the pool).")
@@ -324,6 +351,9 @@ def serve(
             "--max-memory", parser=parse_size, metavar="SIZE", help="For all clients together (default: at most 1G)."
         ),
     ] = None,
+    replay: Annotated[
+        bool, typer.Option("--replay/--no-replay", help="Record what the first boot of a base reads; read it ahead.")
+    ] = True,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
 ) -> None:
     """Serve every clone, and every base read-only, until told to stop (SIGTERM). SIGHUP: read the settings again."""
@@ -350,6 +380,7 @@ def serve(
             max_connections=max_connections or MAX_CONNECTIONS,
             max_connections_per_address=max_connections_per_address,
             max_memory=max_memory,
+            replay=replay,
         )
         runner.run(_serve(server))
 

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from nbdclone.server.offload import Done, Offload
+from nbdclone.server.replay import Boots
 from nbdclone.store.clone import Clone
 from nbdclone.store.pool import Pool
 
@@ -102,8 +103,11 @@ class Export:
 class Exports:
     """The exports of a pool: opened when the first connection asks, closed (and flushed) after the last has gone."""
 
-    def __init__(self, pool: Pool, offload: Offload, keeper: Offload, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, pool: Pool, offload: Offload, keeper: Offload, boots: Boots, loop: asyncio.AbstractEventLoop
+    ) -> None:
         self._pool = pool
+        self._boots = boots
         self._offload = offload
         self._keeper = keeper  # opens and closes: hashing a base takes minutes, and nobody's reads shall wait for it
         self._loop = loop
@@ -116,7 +120,7 @@ class Exports:
         async with self._turn(name):
             export = self._open.get(name)
             if export is None:
-                clone = await self._keeper.run(lambda: self._open_clone(name), abandoned=Clone.close)
+                clone = await self._keeper.run(lambda: self._open_clone(name), abandoned=self._close_clone)
                 export = self._open[name] = Export(clone, self._offload, self._loop)
             export.users += 1
             return export
@@ -130,7 +134,7 @@ class Exports:
                 return
             del self._open[name]
             try:
-                await self._keeper.run(export.clone.close)
+                await self._keeper.run(lambda: self._close_clone(export.clone))
             except Exception as error:
                 logger.error("closing '%s': %s", name, error)
 
@@ -141,7 +145,12 @@ class Exports:
     def _open_clone(self, name: str) -> Clone:
         clone = self._pool.open_clone(name)
         _ = clone.fast_zero  # finding that out may wait for the disk: here, and not on the loop
+        self._boots.opened(clone)
         return clone
+
+    def _close_clone(self, clone: Clone) -> None:
+        self._boots.closing(clone)
+        clone.close()
 
     @contextlib.asynccontextmanager
     async def _turn(self, name: str) -> AsyncIterator[None]:

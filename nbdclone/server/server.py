@@ -22,6 +22,7 @@ from nbdclone.server.listen import Listener, listen_tcp, listen_unix
 from nbdclone.server.offload import Offload
 from nbdclone.server.peer import Peer
 from nbdclone.server.quiet import QuietLog
+from nbdclone.server.replay import Boots
 from nbdclone.server.session import Scratch
 from nbdclone.server.tls import ServerTLS
 from nbdclone.store.pool import Pool
@@ -53,7 +54,7 @@ class Server:
     that other machines reach is refused, or taken with ``insecure``. ``max_connections`` in all,
     ``max_connections_per_address`` (default: half of that) from one IP address, or one user on Unix sockets: those
     above it are closed at once. ``max_memory``: bytes that are lent to all clients together, 256 MiB at least (default:
-    1 GiB, or a quarter of the machine's).
+    1 GiB, or a quarter of the machine's). ``replay``: record what boots read, and read it ahead (docs/prefetch.md).
 
     Entering raises InUse (another server has the pool; an address is taken) or UsageError (the pool's settings too).
     """
@@ -69,8 +70,10 @@ class Server:
         max_connections: int = MAX_CONNECTIONS,
         max_connections_per_address: int | None = None,
         max_memory: int | None = None,
+        replay: bool = True,
     ) -> None:
         self.pool = pool
+        self._replay = replay
         self._max_memory = default_memory() if max_memory is None else max_memory
         if self._max_memory < MIN_MEMORY:
             raise UsageError(f"{max_memory} bytes of memory for all clients are too few: the least is {MIN_MEMORY}")
@@ -105,7 +108,9 @@ class Server:
             self.scratch = Scratch(
                 Budget(self._max_memory, self._loop), QuietLog(logger, self._loop.time), offload, bulk
             )
-            self._exports = Exports(self.pool, offload, keeper, self._loop)
+            boots = Boots(keeper, self._loop, enabled=self._replay)
+            held.callback(boots.stop)
+            self._exports = Exports(self.pool, offload, keeper, boots, self._loop)
             self._held = held.pop_all()
         self._tasks = await asyncio.TaskGroup().__aenter__()
         self.uris = [listener.uri for listener in self._listeners]

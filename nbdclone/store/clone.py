@@ -87,6 +87,15 @@ class Clone:
 
     # Reading
 
+    def read_through(self, fs: FileSystem) -> None:
+        """Use another view of the same file system from now on: one that watches what is read, for a while."""
+        self._fs = fs
+        self._preadv = fs.preadv
+
+    def reads_base(self, offset: int, length: int) -> bool:
+        """Is any of the range read from the layer at the bottom? May wait for the disk. Raises OSError."""
+        return any(owner == 1 for owner, _, _ in self._runs(offset, length, nowait=False))
+
     def pread(self, length: int, offset: int) -> bytes:
         """Read ``length`` bytes at ``offset``. Raises UsageError beyond the end, OSError."""
         self._require_inside(offset, length)

@@ -155,7 +155,7 @@ class Image:
         self.record = record
         self.fd = fd
         self.size = record.size
-        self._fs = fs
+        self.fs = fs
 
     @classmethod
     def open(cls, name: str, directory: Path, fs: FileSystem = FILE_SYSTEM) -> Image:
@@ -193,7 +193,7 @@ class Image:
         return uniform(index)[:blocks] + owners[blocks:]
 
     def close(self) -> None:
-        self._fs.close(self.fd)
+        self.fs.close(self.fd)
 
 
 def _renew(directory: Path, record: BaseRecord, fs: FileSystem) -> None:
