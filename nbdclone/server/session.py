@@ -69,6 +69,7 @@ from nbdclone.server.offload import Done, Offload
 from nbdclone.server.output import Gather, Output, is_gone
 from nbdclone.server.peer import Peer
 from nbdclone.server.quiet import QuietLog
+from nbdclone.server.readahead import Readahead
 from nbdclone.server.tls import AnySocket, TLSInput, TLSSocket
 
 logger = logging.getLogger("nbdclone")
@@ -157,6 +158,7 @@ class Session:
         self._reading = 0  # bytes of replies that threads make
         self._held_writes = 0  # bytes of payload that threads write, or will
         self._prefetching = False  # a thread runs a CACHE
+        self._readahead = Readahead(export.clone)
         self._draining = False  # no more requests: answer those there are, and end
         self._lost = False
         self._over: asyncio.Future[None] = loop.create_future()
@@ -420,6 +422,19 @@ class Session:
             self._on_room()
 
         (self._bulk if bulky else self._offload).submit(work, done)
+        if not bulky and (ahead := self._readahead.note_cold(offset, length)):
+            self._read_ahead(ahead)
+
+    def _read_ahead(self, work: Callable[[], None]) -> None:
+        """Run what is advice: whether it succeeds is no matter, but the clone must be open until it is done."""
+        self._in_flight += 1
+
+        def done(_result: Any, _error: BaseException | None) -> None:
+            self._in_flight -= 1
+            self._readahead.job_done()
+            self._on_room()
+
+        self._bulk.submit(work, done)
 
     def _tell_status(self, cookie: Cookie, offset: int, length: int, contexts: Contexts, one: bool, held: int) -> None:
         clone, layout = self._clone, self._layout

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -186,7 +185,7 @@ class Clone:
         for owner, position, count in self._runs(offset, length, nowait=False):
             if owner != NOWHERE:
                 at = position + (position // SEGMENT_SIZE + 1) * self._strides[owner]
-                self._fs.fadvise(self._fds[owner], at, count, os.POSIX_FADV_WILLNEED)
+                self._fs.will_need(self._fds[owner], at, count)
 
     def extents(self, offset: int, length: int, limit: int = MAX_EXTENTS) -> Iterator[Extent]:
         """Tell, in order and without gaps, from where the range is read; neighbours that are alike are one.

@@ -227,7 +227,7 @@ def warm(image: Path, identity: Identity, grains: Sequence[int], fs: FileSystem,
             if not go_on(size):
                 break
             for offset, length in step:
-                fs.fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
+                fs.will_need(fd, offset, length)
             asked += size
             _wait_for(fs, fd, before)
             before = step
