@@ -315,3 +315,14 @@ def test_all_of_a_long_range_comes_into_memory(tmp_path: Path) -> None:
     assert [start for _, start, _, _ in calls[1:]] == [start + length for _, start, length, _ in calls[:-1]]
     assert sum(length for _, _, length, _ in calls) == 64 << 20
     assert {advice for *_, advice in calls} == {os.POSIX_FADV_WILLNEED}
+
+
+def test_the_samples_of_a_base_are_read_without_what_follows_them(pool: Pool, spy: Spy) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def advise(fd: int, offset: int, length: int, advice: int) -> None:
+        calls.append((length, advice))
+
+    spy.fadvise = advise  # type: ignore[method-assign, assignment]
+    pool.open_clone("base").close()
+    assert calls == [(0, os.POSIX_FADV_RANDOM), (0, os.POSIX_FADV_NORMAL)]
