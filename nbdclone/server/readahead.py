@@ -29,6 +29,8 @@ MAX_WINDOW = 8 << 20
 class Readahead:
     """Follows the cold reads of one connection."""
 
+    __slots__ = ("_ahead", "_clone", "_position", "_running", "_streak", "_window")
+
     def __init__(self, clone: Clone) -> None:
         self._clone = clone
         self._position = 0  # where the stream is

@@ -15,7 +15,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from nbdclone.errors import StorageError, UnsupportedFormat
+from nbdclone.errors import NBDCloneError, StorageError, UnsupportedFormat
 from nbdclone.server.offload import Offload
 from nbdclone.store.clone import Clone
 from nbdclone.store.image import Image
@@ -58,7 +58,7 @@ class Boots:
             return
         try:
             self._begin(clone, base)
-        except (OSError, StorageError) as error:
+        except (OSError, NBDCloneError) as error:
             logger.warning("base '%s': no replay: %s", base.name, error)
 
     def closing(self, clone: Clone) -> None:
