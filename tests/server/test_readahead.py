@@ -61,6 +61,11 @@ def test_random_reads_are_not_read_ahead_of(far: Far) -> None:
     assert sum(length for _, length in far.asked) <= MIB
 
 
+def test_a_few_short_reads_in_a_row_are_no_stream(far: Far) -> None:
+    follow(far, row(0, 16 * KIB, MIN_STREAK // (16 * KIB) - 1))
+    assert far.asked == []
+
+
 def test_requests_at_depth_may_come_out_of_order(far: Far) -> None:
     reads = row(0, 64 * KIB, 256)
     for first in range(0, len(reads), 4):

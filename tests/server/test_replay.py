@@ -102,6 +102,8 @@ async def test_of_clones_that_start_at_once_one_is_recorded(pool: Pool) -> None:
     async with serving(pool) as server, await connect(server, "web1") as first:
         async with await connect(server, "web2") as second:
             await second.pread(4 * GRAIN_SIZE, 0)
+        await until(lambda: len(server._connections) == 1)
+        assert not has_trace(pool)
         await first.pread(2 * GRAIN_SIZE, 8 * GRAIN_SIZE)
     assert recorded(pool) == (8, 9)
 
