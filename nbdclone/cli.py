@@ -271,7 +271,7 @@ def trace(
         print(f"base '{base}': no boot was recorded yet")
     else:
         size, when = show_size(bytes_in(found.grains)), _when(found.created / 1e9)
-        print(f"base '{base}': a boot reads {size} in {runs_in(found)} pieces (recorded {when})")
+        print(f"base '{base}': a boot reads {size} in {runs_in(found)} piece(s) (recorded {when})")
 
 
 @app.command()

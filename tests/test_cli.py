@@ -110,7 +110,7 @@ def test_trace_says_what_a_boot_reads_and_drops_it(nbdclone: Callable[..., Done]
     path = pool.path / "bases" / "debian" / "boot.trace"
     path.write_bytes(trace.dump())
     assert nbdclone("trace", "debian").out.startswith(
-        "base 'debian': a boot reads 256 KiB in 2 pieces (recorded 2023-11-1"
+        "base 'debian': a boot reads 256 KiB in 2 piece(s) (recorded 2023-11-1"
     )
     assert json.loads(nbdclone("trace", "debian", "--json").out) == {"bytes": 262144, "runs": 2, "created": 1.7e9}
     path.write_bytes(b"x")
