@@ -29,7 +29,7 @@ MAX_WINDOW = 8 << 20
 class Readahead:
     """Follows the cold reads of one connection."""
 
-    __slots__ = ("_ahead", "_clone", "_position", "_running", "_streak", "_window")
+    __slots__ = ("_ahead", "_clone", "_position", "_streak", "_window", "running")
 
     def __init__(self, clone: Clone) -> None:
         self._clone = clone
@@ -37,7 +37,7 @@ class Readahead:
         self._ahead = 0  # up to where it was read ahead
         self._streak = 0
         self._window = 0
-        self._running = False
+        self.running = False  # a job is under way
 
     def note_cold(self, offset: int, length: int) -> Callable[[], None] | None:
         """A read has to wait for the disk. What is to be read ahead of it, as a job for a thread, if anything is.
@@ -52,18 +52,18 @@ class Readahead:
             self._streak = length
             self._window = 0
             return None
+        self._streak += min(max(end - self._position, 0), length)  # what is new of it
         self._position = max(self._position, end)
         self._ahead = max(self._ahead, end)
-        self._streak += length
-        if self._running or self._streak < MIN_STREAK or self._position + self._window // 2 < self._ahead:
+        if self.running or self._streak < MIN_STREAK or self._position + self._window // 2 < self._ahead:
             return None
         self._window = min(max(2 * self._window, MIN_WINDOW), MAX_WINDOW)
         start, stop = self._ahead, min(self._position + self._window, self._clone.size)
         if start >= stop:
             return None
         self._ahead = stop
-        self._running = True
+        self.running = True
         return partial(self._clone.prefetch, start, stop - start)
 
     def job_done(self) -> None:
-        self._running = False
+        self.running = False

@@ -427,12 +427,10 @@ class Session:
 
     def _read_ahead(self, work: Callable[[], None]) -> None:
         """Run what is advice: whether it succeeds is no matter, but the clone must be open until it is done."""
-        self._in_flight += 1
 
         def done(_result: Any, _error: BaseException | None) -> None:
-            self._in_flight -= 1
             self._readahead.job_done()
-            self._on_room()
+            self._check_over()
 
         self._bulk.submit(work, done)
 
@@ -597,6 +595,7 @@ class Session:
         self._check_over()
 
     def _check_over(self) -> None:
-        idle = not (self._in_flight or self._waiting or self._output.backlog)
-        if ((self._lost and not self._in_flight) or (self._draining and idle)) and not self._over.done():
+        busy = self._in_flight or self._readahead.running
+        idle = not (busy or self._waiting or self._output.backlog)
+        if ((self._lost and not busy) or (self._draining and idle)) and not self._over.done():
             self._over.set_result(None)

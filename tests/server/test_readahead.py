@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from typing import Any
 
 import pytest
-from serving import BASE, BASE_SIZE, MIB, Disk, Peer, connect, make_pool, serving, until
+from serving import BASE, BASE_SIZE, MIB, Disk, Gate, Peer, connect, make_pool, serving, until
 
 from nbdclone.protocol.wire import CMD_READ
 from nbdclone.server import readahead
@@ -66,6 +67,16 @@ def test_a_few_short_reads_in_a_row_are_no_stream(far: Far) -> None:
     assert far.asked == []
 
 
+def test_reading_the_same_again_is_no_stream(far: Far) -> None:
+    follow(far, [(4096 * (number % 8), 4096) for number in range(500)])
+    assert far.asked == []
+
+
+def test_short_reads_some_way_apart_are_no_stream(far: Far) -> None:
+    follow(far, [(SLACK // 2 * number, 4096) for number in range(MIN_STREAK // 4096 - 1)])
+    assert far.asked == []
+
+
 def test_requests_at_depth_may_come_out_of_order(far: Far) -> None:
     reads = row(0, 64 * KIB, 256)
     for first in range(0, len(reads), 4):
@@ -122,6 +133,26 @@ async def test_a_server_reads_ahead_of_cold_reads_and_never_of_warm_ones(
         for offset in range(0, BASE_SIZE, 128 * KIB):
             assert await client.pread(128 * KIB, offset) == BASE[offset : offset + 128 * KIB]
         await until(lambda: bool(asked) and sum(asked[-1]) == BASE_SIZE)
+
+
+async def test_the_clone_stays_open_while_it_is_read_ahead(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk()
+    pool = make_pool(tmp_path, BASE, "web1", fs=disk)
+    gate = Gate()
+    gate.close()
+    monkeypatch.setattr(Clone, "prefetch", lambda *_: gate.go_through())
+    disk.cold = range(BASE_SIZE)
+    async with serving(pool) as server:
+        async with await connect(server, "web1") as client:
+            for offset in range(0, BASE_SIZE, 128 * KIB):
+                await client.pread(128 * KIB, offset)
+            await until(lambda: gate.waiting == 1)
+        await asyncio.sleep(0.1)
+        assert server._connections
+        disk.cold = range(0)
+        assert pool.info("web1").in_use_by  # type: ignore[union-attr]
+        gate.open()
+        await until(lambda: not server._connections)
 
 
 async def test_read_ahead_that_fails_is_nobodys_error(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
