@@ -15,6 +15,8 @@ from nbdclone.errors import NBDCloneError
 
 if TYPE_CHECKING:
     from nbdclone.client import Client
+    from nbdclone.server.host import Options
+    from nbdclone.server.limits import Limit
     from nbdclone.server.server import Server, serve
     from nbdclone.server.tls import ServerTLS
     from nbdclone.store.clone import Clone
@@ -22,7 +24,19 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["BaseInfo", "Client", "Clone", "CloneInfo", "NBDCloneError", "Pool", "Server", "ServerTLS", "serve"]
+__all__ = [
+    "BaseInfo",
+    "Client",
+    "Clone",
+    "CloneInfo",
+    "Limit",
+    "NBDCloneError",
+    "Options",
+    "Pool",
+    "Server",
+    "ServerTLS",
+    "serve",
+]
 
 # Loaded at first use: who wants the client does not wait for the store, and the command line waits for neither.
 _HOMES = {
@@ -30,6 +44,8 @@ _HOMES = {
     "Client": "nbdclone.client",
     "Clone": "nbdclone.store.clone",
     "CloneInfo": "nbdclone.store.pool",
+    "Limit": "nbdclone.server.limits",
+    "Options": "nbdclone.server.host",
     "Pool": "nbdclone.store.pool",
     "Server": "nbdclone.server.server",
     "ServerTLS": "nbdclone.server.tls",

@@ -262,6 +262,33 @@ def info(name: str, as_json: Json = False) -> None:
 
 
 @app.command()
+def trace(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="A base.")],
+    drop: Annotated[bool, typer.Option("--drop", help="Remove it: the next clone that starts is recorded.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a boot of a base reads, which a server reads ahead when a clone of it starts."""
+    from nbdclone.store.trace import bytes_in, directory_of_base, drop_trace, load_trace, runs_in
+
+    directory = directory_of_base(_pool().path, base)
+    if drop:
+        dropped = drop_trace(directory)
+        print(f"base '{base}': {'the trace was removed' if dropped else 'there is no trace'}")
+        return
+    found = load_trace(directory)
+    if as_json:
+        facts = (
+            {"bytes": bytes_in(found.grains), "runs": runs_in(found), "created": found.created / 1e9} if found else None
+        )
+        _print_json(facts)
+    elif found is None:
+        print(f"base '{base}': no boot was recorded yet")
+    else:
+        size, when = show_size(bytes_in(found.grains)), _when(found.created / 1e9)
+        print(f"base '{base}': a boot reads {size} in {runs_in(found)} piece(s) (recorded {when})")
+
+
+@app.command()
 def check(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Clones and bases (default: the pool).")
@@ -359,6 +386,9 @@ def serve(
         int | None,
         typer.Option("--workers", min=1, metavar="N", help="Processes to serve with (default: one for each core)."),
     ] = None,
+    replay: Annotated[
+        bool, typer.Option("--replay/--no-replay", help="Record what the first boot of a base reads; read it ahead.")
+    ] = True,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
 ) -> None:
     """Serve every clone, and every base read-only, until told to stop (SIGTERM). SIGHUP: read the settings again."""
@@ -390,7 +420,7 @@ def serve(
             "insecure": insecure,
             "max_connections": max_connections or MAX_CONNECTIONS,
             "max_connections_per_address": max_connections_per_address,
-            "options": Options(DEFAULT_LIMIT_US if busy_poll is None else busy_poll, Limit(iops, bps)),
+            "options": Options(DEFAULT_LIMIT_US if busy_poll is None else busy_poll, Limit(iops, bps), replay),
         }
         if count == 1:
             runner.run(_serve(Server(pool, max_memory=memory, **options)))

@@ -25,6 +25,7 @@ from nbdclone.store import check as store_check
 from nbdclone.store.delta import CHECKSUM, HEADER_SLOTS, PAGE_SIZE
 from nbdclone.store.finding import Finding
 from nbdclone.store.pool import Pool
+from nbdclone.store.trace import Trace
 
 IMAGE = random.Random("cli").randbytes(1 << 20)
 DEADLINE_S = 30
@@ -100,6 +101,24 @@ def test_clone_makes_one_or_many(nbdclone: Callable[..., Done], image: Path) -> 
     assert nbdclone("clone", "debian", "one") == (0, "clone 'one' of 'debian': 1 MiB\n", "")
     assert nbdclone("clone", "debian", "two", "three") == (0, "2 clones of 'debian': 1 MiB each\n", "")
     assert nbdclone("clone", "debian", "four", "--size", "20G") == (0, "clone 'four' of 'debian': 20 GiB\n", "")
+
+
+def test_trace_says_what_a_boot_reads_and_drops_it(nbdclone: Callable[..., Done], pool: Pool) -> None:
+    assert nbdclone("trace", "debian") == (0, "base 'debian': no boot was recorded yet\n", "")
+    assert json.loads(nbdclone("trace", "debian", "--json").out) is None
+    trace = Trace(bytes(16), 1_700_000_000 * 10**9, (7, 5, 6, 1))
+    path = pool.path / "bases" / "debian" / "boot.trace"
+    path.write_bytes(trace.dump())
+    assert nbdclone("trace", "debian").out.startswith(
+        "base 'debian': a boot reads 256 KiB in 2 piece(s) (recorded 2023-11-1"
+    )
+    assert json.loads(nbdclone("trace", "debian", "--json").out) == {"bytes": 262144, "runs": 2, "created": 1.7e9}
+    path.write_bytes(b"x")
+    assert_refused(nbdclone("trace", "debian"), r"boot\.trace: damaged")
+    assert nbdclone("trace", "debian", "--drop") == (0, "base 'debian': the trace was removed\n", "")
+    assert nbdclone("trace", "debian", "--drop") == (0, "base 'debian': there is no trace\n", "")
+    assert_refused(nbdclone("trace", "web1"), "'web1' is a clone")
+    assert_refused(nbdclone("trace", "nosuch", "--drop"), "there is no base 'nosuch'")
 
 
 def test_ls_shows_bases_and_clones_in_columns(nbdclone: Callable[..., Done], pool: Pool) -> None:

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from nbdclone.server.limits import BURST_S, Limit
 from nbdclone.server.peer import Peer
 from nbdclone.server.quiet import INTERVAL_S
 from nbdclone.server.settings import read_settings
-from nbdclone.store import delta
+from nbdclone.store import delta, trace
 from nbdclone.store.check import check_pool
 from nbdclone.store.clone import MAX_EXTENTS
 from nbdclone.store.finding import KINDS
@@ -64,6 +65,18 @@ def test_the_map_page_is_laid_out_as_documented() -> None:
     assert [place[:2] for place in fields] == field_places(delta.MAP_PAGE)
     assert bitmap[:2] == (delta.MAP_PAGE.size, BITMAP_SIZE)
     assert f"{BLOCKS_PER_SEGMENT:,} blocks" in (DOCS / "format.md").read_text()
+
+
+def test_the_boot_trace_is_laid_out_as_documented() -> None:
+    *fields, checksum, _grains = table_after("## The boot trace")
+    assert [place[:2] for place in fields] == field_places(trace.HEADER)
+    assert checksum[:2] == (trace.HEADER.size, trace.CHECKSUM.size)
+    whole = trace.Trace(bytes(16), 5, (7, 9)).dump()
+    assert whole[44:48] == zlib.crc32(whole[:44] + whole[48:]).to_bytes(4, "big")
+    assert whole[48:] == bytes([0, 0, 0, 7, 0, 0, 0, 9])
+    said = (DOCS / "format.md").read_text()
+    assert f"grain size, {trace.GRAIN_SIZE} " in said
+    assert f"at most {trace.MAX_GRAINS} " in said
 
 
 @pytest.mark.parametrize("size", [4096, SEGMENT_SIZE, SEGMENT_SIZE + 1, 5 * SEGMENT_SIZE + 512])

@@ -17,6 +17,7 @@ from typing import Any
 
 from nbdclone.server.limits import UNLIMITED, Limit, Limits
 from nbdclone.server.offload import Done, Offload
+from nbdclone.server.replay import Boots
 from nbdclone.server.throttle import Throttle
 from nbdclone.store.clone import Clone
 from nbdclone.store.pool import Pool
@@ -151,10 +152,12 @@ class Exports:
         pool: Pool,
         offload: Offload,
         keeper: Offload,
+        boots: Boots,
         loop: asyncio.AbstractEventLoop,
         limits: Limits | None = None,
     ) -> None:
         self._pool = pool
+        self._boots = boots
         self._limits = limits or Limits()
         self._offload = offload
         self._keeper = keeper  # opens and closes: hashing a base takes minutes, and nobody's reads shall wait for it
@@ -168,7 +171,7 @@ class Exports:
         async with self._turn(name):
             export = self._open.get(name)
             if export is None:
-                clone = await self._keeper.run(lambda: self._open_clone(name), abandoned=Clone.close)
+                clone = await self._keeper.run(lambda: self._open_clone(name), abandoned=self._close_clone)
                 export = self._open[name] = Export(clone, self._offload, self._loop)
                 export.set_limit(self._limits.of(name))
             export.users += 1
@@ -184,7 +187,7 @@ class Exports:
             del self._open[name]
             export.set_limit(UNLIMITED)
             try:
-                await self._keeper.run(export.clone.close)
+                await self._keeper.run(lambda: self._close_clone(export.clone))
             except Exception as error:
                 logger.error("closing '%s': %s", name, error)
 
@@ -205,7 +208,12 @@ class Exports:
     def _open_clone(self, name: str) -> Clone:
         clone = self._pool.open_clone(name)
         _ = clone.fast_zero  # finding that out may wait for the disk: here, and not on the loop
+        self._boots.opened(clone)
         return clone
+
+    def _close_clone(self, clone: Clone) -> None:
+        self._boots.closing(clone)
+        clone.close()
 
     @contextlib.asynccontextmanager
     async def _turn(self, name: str) -> AsyncIterator[None]:

@@ -21,6 +21,7 @@ from nbdclone.server.limits import UNLIMITED, Limit
 from nbdclone.server.offload import Offload
 from nbdclone.server.peer import Peer
 from nbdclone.server.quiet import QuietLog
+from nbdclone.server.replay import Boots
 from nbdclone.server.session import Scratch
 from nbdclone.server.settings import Settings
 from nbdclone.server.tls import ServerTLS
@@ -46,11 +47,13 @@ class Options:
     """How a process serves.
 
     ``busy_poll_us``: for how many microseconds at most it stays awake for the next request of a client that sends one
-    after the other; 0 for never. ``limit``: of each export that the pool's settings give none.
+    after the other; 0 for never. ``limit``: of each export that the pool's settings give none. ``replay``: record what
+    boots read, and read it ahead (docs/prefetch.md).
     """
 
     busy_poll_us: int = DEFAULT_LIMIT_US
     limit: Limit = UNLIMITED
+    replay: bool = True
 
     def record(self) -> dict[str, Any]:
         """For another process: what :meth:`from_record` takes."""
@@ -97,7 +100,9 @@ class Host:
             bulk,
             Busy(self._loop, self.options.busy_poll_us),
         )
-        self._exports = Exports(self.pool, offload, keeper, self._loop, self.settings.limits)
+        boots = Boots(keeper, self._loop, enabled=self.options.replay)
+        held.callback(boots.stop)
+        self._exports = Exports(self.pool, offload, keeper, boots, self._loop, self.settings.limits)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -70,6 +70,7 @@ from nbdclone.server.offload import Done, Offload
 from nbdclone.server.output import Gather, Output, is_gone
 from nbdclone.server.peer import Peer
 from nbdclone.server.quiet import QuietLog
+from nbdclone.server.readahead import Readahead
 from nbdclone.server.tls import AnySocket, TLSInput, TLSSocket
 
 logger = logging.getLogger("nbdclone")
@@ -138,11 +139,8 @@ class Session:
         self._contexts = negotiated.contexts
         self._read_header = self._layout.read.size if self._structured else SIMPLE_REPLY.size
         self._buffers = scratch.buffers
-        self._offload = scratch.offload
-        self._bulk = scratch.bulk
+        self._scratch = scratch
         self._loop = loop
-        self._quiet = scratch.quiet
-        self._received = scratch.busy.received
         self._sock = sock
         self._account = scratch.budget.open(self)
         receiving = TLSInput if isinstance(sock, TLSSocket) else Input
@@ -173,6 +171,7 @@ class Session:
         self._going_on: asyncio.Handle | None = None  # when others had their turn
         self._prefetching = False  # a thread runs a CACHE
         self._throttled = False  # it waits for what the export's limits let it have
+        self._readahead = Readahead(export.clone)
         self._draining = False  # no more requests: answer those there are, and end
         self._lost = False
         self._over: asyncio.Future[None] = loop.create_future()
@@ -208,7 +207,7 @@ class Session:
         self._lose()
 
     def _on_readable(self) -> None:
-        self._received()
+        self._scratch.busy.received()
         self._guarded(self._input.receive)
 
     def _guarded(self, step: Callable[[], None]) -> None:
@@ -216,7 +215,7 @@ class Session:
         try:
             step()
         except RemoteProtocolError as error:
-            self._quiet.say("protocol", "%s: '%s': %s", self._peer, self._clone.name, error)
+            self._scratch.quiet.say("protocol", "%s: '%s': %s", self._peer, self._clone.name, error)
             self._output.push()
             self._lose()
         except OSError as error:
@@ -308,7 +307,7 @@ class Session:
                 self._prefetching = False
                 finish(result, error)
 
-            self._offload.submit(lambda: clone.prefetch(offset, min(length, MAX_PREFETCH)), done, self._export)
+            self._scratch.offload.submit(lambda: clone.prefetch(offset, min(length, MAX_PREFETCH)), done, self._export)
         elif command in (CMD_TRIM, CMD_WRITE_ZEROES):
             allocate = bool(flags & CMD_FLAG_NO_HOLE)
             if flags & CMD_FLAG_FAST_ZERO and (allocate or not clone.fast_zero):
@@ -457,7 +456,18 @@ class Session:
                 self._fail(cookie, error)
             self._on_room()
 
-        (self._bulk if bulky else self._offload).submit(work, done, self._export)
+        (self._scratch.bulk if bulky else self._scratch.offload).submit(work, done, self._export)
+        if not bulky and (ahead := self._readahead.note_cold(offset, length)):
+            self._read_ahead(ahead)
+
+    def _read_ahead(self, work: Callable[[], None]) -> None:
+        """Run what is advice: whether it succeeds is no matter, but the clone must be open until it is done."""
+
+        def done(_result: Any, _error: BaseException | None) -> None:
+            self._readahead.job_done()
+            self._check_over()
+
+        self._scratch.bulk.submit(work, done, self._export)
 
     def _tell_status(self, cookie: Cookie, offset: int, length: int, contexts: Contexts, one: bool, held: int) -> None:
         clone, layout = self._clone, self._layout
@@ -477,7 +487,7 @@ class Session:
             self._on_room()
 
         work = partial(block_status, clone, contexts, cookie, offset, length, one, layout)
-        self._offload.submit(work, done, self._export)
+        self._scratch.offload.submit(work, done, self._export)
 
     def _write(self, flags: int, cookie: Cookie, offset: int, view: memoryview, buffer: mmap | None) -> None:
         """Run a write, on the spot if nothing makes it wait. ``buffer`` is its own, to be given back, or None."""
@@ -559,7 +569,7 @@ class Session:
         number = nbd_errno(error)
         if not self._lost:
             kind = f"failed {self._clone.name} {number}"  # no client gets more of them by connecting again
-            self._quiet.say(kind, "%s: '%s': %s", self._peer, self._clone.name, describe(error))
+            self._scratch.quiet.say(kind, "%s: '%s': %s", self._peer, self._clone.name, describe(error))
         self._reply(cookie, number, tell(error, self._peer))
 
     def _reply(self, cookie: Cookie, error: int, message: str = "") -> None:
@@ -660,6 +670,7 @@ class Session:
         self._check_over()
 
     def _check_over(self) -> None:
-        idle = not (self._in_flight or self._waiting or self._output.backlog)
-        if ((self._lost and not self._in_flight) or (self._draining and idle)) and not self._over.done():
+        busy = self._in_flight or self._readahead.running
+        idle = not (busy or self._waiting or self._output.backlog)
+        if ((self._lost and not busy) or (self._draining and idle)) and not self._over.done():
             self._over.set_result(None)

@@ -35,6 +35,7 @@ from nbdclone.store.image import (
 )
 from nbdclone.store.layer import MAX_SIZE, MIN_SIZE, SECTOR_SIZE
 from nbdclone.store.repair import KEPT, kept_name
+from nbdclone.store.trace import TRACE_NAME
 
 _REIMPORT = "put the image back: a base whose content has the same fingerprint serves its clones again"
 
@@ -337,4 +338,4 @@ def _is_replaceable(path: Path) -> bool:
 
 def files_of_a_base(name: str) -> bool:
     """Does a file of that name belong into a base's directory?"""
-    return name in ("image", "manifest", "base.json") or KEPT in name
+    return name in ("image", "manifest", "base.json", TRACE_NAME) or KEPT in name

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -86,6 +85,15 @@ class Clone:
         return self._delta is not None and self._delta.can_punch
 
     # Reading
+
+    def read_through(self, fs: FileSystem) -> None:
+        """Use another view of the same file system from now on: one that watches what is read, for a while."""
+        self._fs = fs
+        self._preadv = fs.preadv
+
+    def reads_base(self, offset: int, length: int) -> bool:
+        """Is any of the range read from the layer at the bottom? May wait for the disk. Raises OSError."""
+        return any(owner == 1 for owner, _, _ in self._runs(offset, length, nowait=False))
 
     def pread(self, length: int, offset: int) -> bytes:
         """Read ``length`` bytes at ``offset``. Raises UsageError beyond the end, OSError."""
@@ -199,7 +207,7 @@ class Clone:
         for owner, position, count in self._runs(offset, length, nowait=False):
             if owner != NOWHERE:
                 at = position + (position // SEGMENT_SIZE + 1) * self._strides[owner]
-                self._fs.fadvise(self._fds[owner], at, count, os.POSIX_FADV_WILLNEED)
+                self._fs.will_need(self._fds[owner], at, count)
 
     def extents(self, offset: int, length: int, limit: int = MAX_EXTENTS) -> Iterator[Extent]:
         """Tell, in order and without gaps, from where the range is read; neighbours that are alike are one.

@@ -60,6 +60,10 @@ F_GET_RW_HINT = 1024 + 11
 F_SET_RW_HINT = 1024 + 12
 _SEEN_BEFORE = struct.pack("=Q", 1)
 _NOT_SEEN = struct.pack("=Q", 0)
+# What a device reads ahead unless it is told otherwise, in KiB.
+READAHEAD_KB = 128
+# More would be cut into requests of a disk, of 256 pages at most, with a short one at the end.
+READAHEAD_MAX_KB = 1024
 # Random, and another after each boot (man 4 random).
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -203,6 +207,12 @@ class FileSystem:
     def boot_id(self) -> bytes:
         """16 bytes that no other machine has, nor this one after the next boot."""
         return _boot_id()
+
+    def will_need(self, fd: int, offset: int, length: int) -> None:
+        """Ask the kernel to read the range into its cache: all of it, where one request is taken for its beginning."""
+        most = _readahead_limit(self.fstat(fd).st_dev)
+        for start in range(offset, offset + length, most):
+            self.fadvise(fd, start, min(most, offset + length - start), os.POSIX_FADV_WILLNEED)
 
     def reflink(self, target_fd: int, source_fd: int) -> bool:
         """Make the target share the source's extents; False where that cannot be done."""
@@ -353,6 +363,26 @@ def seek_extent(fs: FileSystem, fd: int, position: int, whence: int, otherwise: 
         if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
             return otherwise
         raise
+
+
+@functools.cache
+def _readahead_limit(device: int) -> int:
+    """How much the kernel reads ahead when it is asked once, in bytes.
+
+    The device's largest request or its read-ahead, whichever is more (Linux, mm/readahead.c). Where the device cannot
+    be asked (NFS, btrfs), what read-ahead is by default.
+    """
+    number = f"{os.major(device)}:{os.minor(device)}"
+    disk = Path("/sys/dev/block", number)
+    told = [READAHEAD_KB]
+    for path in (
+        Path("/sys/class/bdi", number, "read_ahead_kb"),
+        disk / "queue/max_sectors_kb",
+        disk / "../queue/max_sectors_kb",  # of the disk that a partition is on
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            told.append(int(path.read_text(encoding="ascii")))
+    return min(max(told), READAHEAD_MAX_KB) << 10
 
 
 @functools.cache

@@ -165,7 +165,7 @@ class Image:
         self.record = record
         self.fd = fd
         self.size = record.size
-        self._fs = fs
+        self.fs = fs
 
     @classmethod
     def open(cls, name: str, directory: Path, fs: FileSystem = FILE_SYSTEM) -> Image:
@@ -186,7 +186,11 @@ class Image:
             if not fs.still_there(path, status):
                 raise BaseChanged(f"base '{name}' was removed or replaced just now ({path})")
             identity = Identity.of(status)
-            if not record.is_known(fd, identity):
+            # The samples alone: what the kernel read ahead of them would put all later reading of the file out of step.
+            fs.fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+            known = record.is_known(fd, identity)
+            fs.fadvise(fd, 0, 0, os.POSIX_FADV_NORMAL)
+            if not known:
                 with _verifying:  # one hashes; the others find what it recorded
                     record = BaseRecord.load(directory / "base.json")
                     if not record.is_known(fd, identity):
@@ -203,7 +207,7 @@ class Image:
         return uniform(index)[:blocks] + owners[blocks:]
 
     def close(self) -> None:
-        self._fs.close(self.fd)
+        self.fs.close(self.fd)
 
 
 def _renew(directory: Path, record: BaseRecord, fs: FileSystem) -> None:
