@@ -22,7 +22,7 @@ import typer
 
 from nbdclone import __version__, cli
 from nbdclone.store import check as store_check
-from nbdclone.store.delta import CHECKSUM, HEADER_SLOTS, PAGE_SIZE
+from nbdclone.store.delta_file import CHECKSUM, HEADER_SLOTS, PAGE_SIZE
 from nbdclone.store.finding import Finding
 from nbdclone.store.pool import Pool
 

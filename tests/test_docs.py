@@ -17,7 +17,7 @@ from nbdclone.server.access import read_access
 from nbdclone.server.admission import MAX_CONNECTIONS
 from nbdclone.server.peer import Peer
 from nbdclone.server.quiet import INTERVAL_S
-from nbdclone.store import delta
+from nbdclone.store import delta_file as delta
 from nbdclone.store.check import check_pool
 from nbdclone.store.clone import MAX_EXTENTS
 from nbdclone.store.finding import KINDS

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nbdclone.errors import CorruptDelta, StorageError, UnsupportedFormat
-from nbdclone.store.delta import (
+from nbdclone.store.delta_file import (
     CHECKSUM,
     EMPTY_BITMAP,
     HEADER_SLOTS,

@@ -239,7 +239,7 @@ class Clone:
         if offset + length == self.size:  # the last block goes whole, although the disk may end within it
             length = block_count(self.size) * BLOCK_SIZE - offset
         with self._changing:
-            self._writable().require_sound()
+            self._writable().begin_changes(nowait=False)
             without_space: list[tuple[int, int]] = []
             for start, count in _pieces(offset, length):
                 try:
@@ -279,7 +279,7 @@ class Clone:
         if not self._changing.acquire(not nowait):
             raise BlockingIOError(errno.EAGAIN, "another change is under way, which may wait for a disk")
         try:
-            (self._delta or self._writable()).require_sound()
+            (self._delta or self._writable()).begin_changes(nowait)
             length = len(view)
             if not (offset | length) & BLOCK_MASK and offset % SEGMENT_SIZE + length <= SEGMENT_SIZE:
                 self._write_blocks(view, offset, nowait)
@@ -317,6 +317,8 @@ class Clone:
         position = offset + (segment + 1) * delta.stride
         first = within >> BLOCK_SHIFT
         count = length >> BLOCK_SHIFT
+        if delta.young:
+            self._settle(offset >> BLOCK_SHIFT, count, nowait)
         fresh = owners.count(self._top, first, first + count) != count
         if fresh:
             delta.reserve(segment, nowait)
@@ -374,6 +376,8 @@ class Clone:
             # Also where the block is not ours yet: what lies at its place may be the bytes of a write that a crash
             # left unmarked. As with data, the hole is made before the mark, and a flush syncs it before the map.
             position = (segment + 1) * delta.stride + segment * SEGMENT_SIZE + (first << BLOCK_SHIFT)
+            if delta.young:
+                self._settle(segment * BLOCKS_PER_SEGMENT + first, end - first, nowait)
             fresh = owners.count(self._top, first, end) != end - first
             if fresh:
                 delta.reserve(segment, nowait)
@@ -401,6 +405,8 @@ class Clone:
         if owner == self._top:
             if nowait:  # the kernel would read the rest of the page from the disk: see that it need not
                 self._read_block(block, offset - lead, nowait)
+            if delta.young:
+                self._settle(offset >> BLOCK_SHIFT, 1, nowait)
             delta.quota.take(position - lead, BLOCK_SIZE, nowait)
             try:
                 self._fs.pwrite_all(delta.fd, view, position)
@@ -415,6 +421,12 @@ class Clone:
         """Read one block; beyond the end of the disk, in its last block, there are zeros."""
         count = min(BLOCK_SIZE, self.size - offset)
         self._read(memoryview(block)[:count], offset, nowait)
+
+    def _settle(self, block: int, count: int, nowait: bool) -> None:
+        """Blocks [block, block + count) of the disk are about to be changed: see that they may be."""
+        delta = self._writable()
+        if not delta.young.isdisjoint(range(block, block + count)):
+            delta.before_change(block, count, nowait)
 
     def _take(self, segment: int, first: int, end: int) -> None:
         """Make blocks [first, end) of the segment the delta's."""

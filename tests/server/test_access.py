@@ -22,7 +22,7 @@ from nbdclone.server import peer as peer_module
 from nbdclone.server.access import Access, read_access
 from nbdclone.server.server import Server
 from nbdclone.store.clone import Clone
-from nbdclone.store.delta import MAP_SLOTS
+from nbdclone.store.delta_file import MAP_SLOTS
 from nbdclone.store.pool import Pool
 
 TCP = ("127.0.0.1", 0)

@@ -25,7 +25,7 @@ from nbdclone.errors import CorruptDelta
 from nbdclone.store.check import check_pool, is_clean
 from nbdclone.store.check_delta import Examination
 from nbdclone.store.clone import Clone
-from nbdclone.store.delta import HEADER_SLOTS, MAP_SLOTS, PAGE_SIZE, SEGMENT_SPAN, decode_map_page, encode_map_page
+from nbdclone.store.delta_file import HEADER_SLOTS, MAP_SLOTS, PAGE_SIZE, SEGMENT_SPAN, decode_map_page, encode_map_page
 from nbdclone.store.image import BaseRecord
 from nbdclone.store.layer import BITMAP_SIZE, BLOCK_SIZE
 from nbdclone.store.pool import Pool

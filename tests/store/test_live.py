@@ -15,7 +15,7 @@ import pytest
 from nbdclone.errors import CorruptDelta, StorageError
 from nbdclone.store.check import check_pool
 from nbdclone.store.clone import Clone
-from nbdclone.store.delta import MAP_SLOTS, PAGE_SIZE
+from nbdclone.store.delta_file import MAP_SLOTS, PAGE_SIZE
 from nbdclone.store.fs import F_GET_RW_HINT, F_SET_RW_HINT, FileSystem
 from nbdclone.store.layer import BLOCK_SIZE, SEGMENT_SIZE
 from nbdclone.store.pool import Pool

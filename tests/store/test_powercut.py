@@ -16,7 +16,8 @@ from powercut import DELTA_PATH, Campaign, LawBroken, open_clone, simulated_disk
 from simulated import SECTOR
 
 from nbdclone.store.clone import Clone
-from nbdclone.store.delta import MAP_SLOTS, METADATA_SIZE, Delta, encode_map_page
+from nbdclone.store.delta import Delta
+from nbdclone.store.delta_file import MAP_SLOTS, METADATA_SIZE, encode_map_page
 from nbdclone.store.layer import BITMAP_SIZE, BLOCK_SIZE, SEGMENT_SIZE
 from nbdclone.store.live import LiveMap
 

@@ -12,7 +12,7 @@ from simulated import File, SimulatedFileSystem
 
 from nbdclone import Pool
 from nbdclone.errors import CorruptDelta
-from nbdclone.store.delta import (
+from nbdclone.store.delta_file import (
     HEADER_SLOTS,
     MAP_SLOTS,
     PAGE_SIZE,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nbdclone.store.clone import Clone
-from nbdclone.store.delta import PAGE_SIZE
+from nbdclone.store.delta_file import PAGE_SIZE
 from nbdclone.store.fs import FileSystem
 from nbdclone.store.layer import BLOCK_SIZE
 from nbdclone.store.pool import Pool
