@@ -38,7 +38,7 @@ from nbdclone.store.delta_file import (
 )
 from nbdclone.store.delta_map import DeltaMap
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem
-from nbdclone.store.journal import MAX_BLOCKS, Journal, recorded_blocks
+from nbdclone.store.journal import MAX_BLOCKS, Journal
 from nbdclone.store.layer import (
     BITMAP_SIZE,
     BLOCKS_PER_SEGMENT,
@@ -102,6 +102,9 @@ class Delta:
             page = header.encode()
             for slot in HEADER_SLOTS:
                 fs.pwrite_all(fd, page, slot)
+            if header.features & JOURNAL:
+                for slot in RECORD_SLOTS:  # so that no flush meets a full disk with them
+                    fs.allocate(fd, slot, PAGE_SIZE)
             fs.sync(fd)
         finally:
             fs.close(fd)
@@ -139,12 +142,12 @@ class Delta:
                 if segment * SEGMENT_SIZE < self.size:
                     self._merge(segment, noted)
             # Not before the live map was asked: it may have dropped from the cache what the disk never got.
-            self._hindered = self._journal.inherit(self.header)
-            for block in recorded_blocks(self._fs, self.fd, self.header):
+            for block in self._journal.inherit(self.header):
                 segment, within = divmod(block, BLOCKS_PER_SEGMENT)
                 bitmap = bytearray(BITMAP_SIZE)
                 _set_bits(bitmap, within, within)
                 self._merge(segment, bitmap)
+            self._hindered = self._journal.leftover
         except BaseException:
             self._live.close()
             raise
@@ -210,22 +213,8 @@ class Delta:
                 self._fs.allocate(self.fd, segment * SEGMENT_SPAN + slot, PAGE_SIZE)
             state.reserved = True
         if not state.noted:
-            self._reserve_journal(nowait)
             self._live.reserve(segment)
             state.noted = True
-
-    def _reserve_journal(self, nowait: bool) -> None:
-        """The same for the records. Where there is no space for them there are none, and flushes take two syncs."""
-        if self._journal.has_space or not self.header.features & JOURNAL:
-            return
-        try:
-            for slot in RECORD_SLOTS:
-                self.quota.take(slot, PAGE_SIZE, nowait)
-            self._journal.reserve()
-        except BlockingIOError:
-            raise
-        except OSError:
-            logger.debug("%s: no space for records: its flushes take two syncs", self.path)
 
     def mark(self, segment: int, first: int, last: int) -> None:
         """Note that blocks ``first`` to ``last`` of the segment are this delta's: their bytes are in the file already.
@@ -311,7 +300,8 @@ class Delta:
         with self._lock:
             if not self._unsynced and not self._map.dirty and (journaling or not self._earlier):
                 return
-            journaling = journaling and self._journal.has_space and not self._map.torn and not self._map.lost_page
+            # A torn page is wiped with the first sync, and written after it; a page that rotted is not put off.
+            journaling = journaling and not self._map.torn and not self._map.lost_page
             noted = self._map.note()
             blocks = self._young.note(journaling)
             self._unsynced = False

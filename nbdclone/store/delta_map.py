@@ -56,9 +56,7 @@ class DeltaMap:
         self.dirty: set[int] = set()
         self.unmirrored: set[int] = set()  # whose other slot is not the same
         self.torn: set[int] = set()  # whose other slot is to be wiped before it is written
-        self.lost_page = (
-            False  # a durable page had rotted: the next flush must not put off writing it
-        )
+        self.lost_page = False  # a durable page had rotted: the next flush must not put off writing it
         self.damaged_pages: list[str] = []  # slots that failed their checksum; the other slot served
         self.segments: dict[int, Segment] = {}
         self._path = path

@@ -72,22 +72,19 @@ def hash_of(fs: FileSystem, fd: int, block: int) -> bytes:
     return blake3(content).digest(length=HASH_SIZE)
 
 
-def has_records(fs: FileSystem, fd: int, header: Header) -> bool:
-    """Is there anything in the places for records? A clone that was closed has none. Raises OSError."""
-    return bool(header.features & JOURNAL) and any(
-        read_page(fs, fd, slot, nowait=False) != EMPTY_PAGE for slot in RECORD_SLOTS
-    )
+def read_records(fs: FileSystem, fd: int, header: Header) -> list[bytes]:
+    """What stands in the two places for records, if there are such places. Raises OSError."""
+    return [read_page(fs, fd, slot, nowait=False) for slot in RECORD_SLOTS if header.features & JOURNAL]
 
 
-def recorded_blocks(fs: FileSystem, fd: int, header: Header) -> Iterator[int]:
+def recorded_blocks(fs: FileSystem, fd: int, header: Header, pages: Iterable[bytes] | None = None) -> Iterator[int]:
     """The blocks of the disk that the records say are the delta's, and that have the content which they say.
 
-    Raises OSError: also where a block cannot be read, for it may be one that was promised to be kept.
+    ``pages`` are the records where they were read before. Raises OSError: also where a block cannot be read, for it may
+    be one that was promised to be kept.
     """
-    if not header.features & JOURNAL:
-        return
-    for slot in RECORD_SLOTS:
-        for block, content_hash in decode_record(read_page(fs, fd, slot, nowait=False), header.id) or ():
+    for page in read_records(fs, fd, header) if pages is None else pages:
+        for block, content_hash in decode_record(page, header.id) or ():
             if block < block_count(header.size) and hash_of(fs, fd, block) == content_hash:
                 yield block
 
@@ -100,23 +97,17 @@ class Journal:
 
     def __init__(self, fd: int, delta_id: bytes, fs: FileSystem) -> None:
         self.leftover = False
-        self.has_space = False
         self.used = False
         self._fd = fd
         self._id = delta_id
         self._fs = fs
         self._turn = 0
 
-    def inherit(self, header: Header) -> bool:
-        """See whether another process left something. Raises OSError."""
-        self.leftover = has_records(self._fs, self._fd, header)
-        return self.leftover
-
-    def reserve(self) -> None:
-        """Take the space for both places. Raises OSError."""
-        for slot in RECORD_SLOTS:
-            self._fs.allocate(self._fd, slot, PAGE_SIZE)
-        self.has_space = True
+    def inherit(self, header: Header) -> Iterator[int]:
+        """See whether another process left records; the blocks that are the delta's by them. Raises OSError."""
+        pages = read_records(self._fs, self._fd, header)
+        self.leftover = any(page != EMPTY_PAGE for page in pages)
+        return recorded_blocks(self._fs, self._fd, header, pages)
 
     def write(self, blocks: Iterable[int]) -> None:
         """Write a record of the blocks as they are now, over the record before the last. Raises OSError.

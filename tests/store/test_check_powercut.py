@@ -154,6 +154,7 @@ class KilledCampaign:
         clone = open_clone(self.fs)
         clone.pwrite(b"2" * BLOCK_SIZE, BLOCK_SIZE)
         clone.pwrite(b"2" * BLOCK_SIZE, FAR)
+        clone.pwrite(b"2" * BLOCK_SIZE, FAR)  # written again: a flush with two syncs
         self.allowed.append(self._read(clone))
         syncs = itertools.count()
         self.fs.on_step = lambda what: self._die() if what == "sync" and next(syncs) == 1 else None

@@ -47,6 +47,7 @@ def write_and_die(path: Path, fail: bool) -> None:
         clone.pwrite(NEW, offset)
     clone.zero(BLOCK_SIZE, BLOCK_SIZE)
     if fail:
+        clone.pwrite(NEW * 100, 100 * BLOCK_SIZE)  # too many blocks for a record, which would tell what the file has
         with contextlib.suppress(OSError):
             clone.flush()
     os._exit(9)
