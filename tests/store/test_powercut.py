@@ -171,7 +171,6 @@ MUTATIONS = {
     "the place of the last record is used again": Mutation(Journal, "written", "1 - self._turn", "self._turn"),
     "marks that are not counted are put off": Mutation(Young, "lose_count", "self._uncounted = True", "pass"),
     "a flush that failed leaves its blocks to no record": Mutation(Young, "fail", "self.lose_count()", "pass"),
-    "marks that were inherited are put off": Mutation(Delta, "_merge", "self._young.lose_count()", "pass"),
     "records are wiped before the map is written": Mutation(
         Delta,
         "_recover",
