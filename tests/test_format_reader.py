@@ -139,8 +139,9 @@ class Reader:
 
     def _bitmap(self, segment: int) -> bytes:
         if segment not in self._bitmaps:
+            recorded = self.recorded()  # before the map: a writer may be at work
             bitmap = bytearray(self._read_bitmap(segment))
-            for block in self.recorded():
+            for block in recorded:
                 if block // (SPAN // BLOCK) == segment:
                     within = block % (SPAN // BLOCK)
                     bitmap[within // 8] |= 128 >> within % 8

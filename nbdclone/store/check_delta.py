@@ -415,7 +415,7 @@ def read_from_below(fs: FileSystem, fd: int, header: Header, ranges: Sequence[Ra
     """How many bytes of the ranges the clone reads from its base. A map that is lost hides nothing."""
     total = 0
     segment, own = -1, uniform(NOWHERE)
-    recorded = set(recorded_blocks(fs, fd, header))
+    recorded = set(recorded_blocks(fs, fd, header))  # before the maps, for a writer may be at work (docs/format.md)
     for offset, length in ranges:
         end = min(offset + length, header.size)
         while offset < end:

@@ -251,7 +251,8 @@ class Delta:
             if nowait:
                 raise BlockingIOError(errno.EAGAIN, "what a crash left has to be put in order first")
             with self._flushing:
-                if self._journal.leftover:
+                self.require_sound()
+                if self._journal.leftover:  # and no flush has done it meanwhile
                     self._recover()
 
     def before_change(self, block: int, count: int, nowait: bool) -> None:
