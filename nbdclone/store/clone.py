@@ -317,7 +317,7 @@ class Clone:
         position = offset + (segment + 1) * delta.stride
         first = within >> BLOCK_SHIFT
         count = length >> BLOCK_SHIFT
-        if delta.young:
+        if delta.young and (count > 1 or offset >> BLOCK_SHIFT in delta.young):
             self._settle(offset >> BLOCK_SHIFT, count, nowait)
         fresh = owners.count(self._top, first, first + count) != count
         if fresh:

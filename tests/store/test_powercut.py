@@ -152,7 +152,7 @@ MUTATIONS = {
     "a change of a block that began before it is recorded is not seen": Mutation(
         Young, "change", "self._rewritten = True", "pass"
     ),
-    "nobody asks before a block is written": Mutation(Clone, "_store", "if delta.young:", "if False:"),
+    "nobody asks before a block is written": Mutation(Clone, "_store", "if delta.young and", "if False and"),
     "nobody asks before a part is written": Mutation(Clone, "_write_partial", "if delta.young:", "if False:"),
     "nobody asks before a hole is made": Mutation(Clone, "_zero_blocks", "if delta.young:", "if False:"),
     "a change that waits syncs no map": Mutation(Delta, "_solidify", "self._sync()", "pass"),
