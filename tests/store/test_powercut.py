@@ -50,8 +50,8 @@ def test_a_power_cut_at_any_step_leaves_each_sector_old_or_new(errors: bool, syn
     print(f"states: {states}, flushes {dict(flushes)}")  # pytest -rP shows it
     assert states > 100 * CAMPAIGNS
     if synced:
-        assert flushes["with one sync"] > 5 * CAMPAIGNS
-        assert flushes["for a change"] > CAMPAIGNS
+        assert flushes["with one sync"] > 2 * CAMPAIGNS
+        assert flushes["for a change"] > CAMPAIGNS // 4
 
 
 def test_a_campaign_is_the_same_each_time_for_its_seed() -> None:
