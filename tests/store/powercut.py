@@ -253,7 +253,7 @@ class Campaign:
         assert delta is not None
         clone._changing = Turn()  # type: ignore[assignment]
         delta._flushing = Turn()  # type: ignore[assignment]
-        delta._young._limit = min(delta._young._limit, self._rng.choice([2, 5, 32]))
+        delta._young._limit = min(delta._young._limit, self._rng.choice([2, 5, 8]))
         witness, solidify = delta._journal.written, delta._solidify
 
         def witnessed() -> None:
