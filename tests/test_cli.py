@@ -22,7 +22,7 @@ import typer
 
 from nbdclone import __version__, cli
 from nbdclone.store import check as store_check
-from nbdclone.store.delta import CHECKSUM, HEADER_SLOTS, PAGE_SIZE
+from nbdclone.store.delta_file import CHECKSUM, HEADER_SLOTS, PAGE_SIZE
 from nbdclone.store.finding import Finding
 from nbdclone.store.pool import Pool
 from nbdclone.store.trace import Trace
@@ -300,9 +300,9 @@ def test_a_quota_is_shown_changed_and_taken_away(nbdclone: Callable[..., Done], 
     assert json.loads(nbdclone("info", "small", "--json").out)["quota"] == 2 << 20
     assert "quota:     2 MiB (2097152 bytes)" in nbdclone("info", "small").out
     assert [line.split()[7:9] for line in nbdclone("ls").out.splitlines() if "small" in line] == [["2", "MiB"]]
-    assert nbdclone("quota", "small", "3G") == (0, "clone 'small' may take 3 GiB, and has 8 KiB on disk\n", "")
+    assert nbdclone("quota", "small", "3G") == (0, "clone 'small' may take 3 GiB, and has 16 KiB on disk\n", "")
     with pool.open_clone("small"):  # also while it is open
-        assert nbdclone("quota", "small", "none").out == "clone 'small' has no quota, and has 8 KiB on disk\n"
+        assert nbdclone("quota", "small", "none").out == "clone 'small' has no quota, and has 16 KiB on disk\n"
     assert json.loads(nbdclone("info", "small", "--json").out)["quota"] is None
     assert "quota" not in nbdclone("info", "small").out
 

@@ -19,7 +19,8 @@ from nbdclone.server.limits import BURST_S, Limit
 from nbdclone.server.peer import Peer
 from nbdclone.server.quiet import INTERVAL_S
 from nbdclone.server.settings import read_settings
-from nbdclone.store import delta, trace
+from nbdclone.store import delta_file as delta
+from nbdclone.store import journal, trace
 from nbdclone.store.check import check_pool
 from nbdclone.store.clone import MAX_EXTENTS
 from nbdclone.store.finding import KINDS
@@ -50,7 +51,7 @@ def field_places(layout: struct.Struct) -> list[tuple[int, int]]:
 def test_the_segment_is_laid_out_as_documented() -> None:
     rows = table_after("## The delta")
     slots = {offset for offset, length, _ in rows if length == delta.PAGE_SIZE}
-    assert slots == {*delta.HEADER_SLOTS, *delta.MAP_SLOTS}
+    assert slots == {*delta.HEADER_SLOTS, *delta.MAP_SLOTS, *delta.RECORD_SLOTS}
     assert rows[-1][:2] == (delta.METADATA_SIZE, SEGMENT_SIZE)
 
 
@@ -77,6 +78,14 @@ def test_the_boot_trace_is_laid_out_as_documented() -> None:
     said = (DOCS / "format.md").read_text()
     assert f"grain size, {trace.GRAIN_SIZE} " in said
     assert f"at most {trace.MAX_GRAINS} " in said
+
+
+def test_a_record_is_laid_out_as_documented() -> None:
+    *fields, entries = table_after("### Record")
+    assert [place[:2] for place in fields] == field_places(journal.RECORD)
+    assert entries[:2] == (journal.RECORD.size, delta.PAGE_SIZE - journal.RECORD.size)
+    assert f"at most {entries[1] // journal.ENTRY.size}" in fields[-1][2]
+    assert f"each block {journal.ENTRY.size} bytes" in entries[2]
 
 
 @pytest.mark.parametrize("size", [4096, SEGMENT_SIZE, SEGMENT_SIZE + 1, 5 * SEGMENT_SIZE + 512])

@@ -23,10 +23,13 @@ SPAN = 133169152  # bytes of the disk in one segment
 SEGMENT = METADATA + SPAN
 HEADERS = (0, 524288)
 MAPS = (65536, 589824)
+RECORDS = (131072, 655360)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 HEADER = struct.Struct(">8sIIQQQ16s16s32sQQH255sQ")
 MAP = struct.Struct(">4sIQQ8s4064s")
+RECORD = struct.Struct(">4sI8sQ")
+ENTRY = struct.Struct(">Q16s")
 
 
 class Refused(Exception):
@@ -128,7 +131,7 @@ class Reader:
         if not valid:
             raise Refused("no slot of the header is valid")
         header = max(valid, key=lambda slot: slot.sequence)
-        if header.version != 1 or header.must_know:
+        if header.version != 1 or header.must_know & ~1:
             raise Refused("a format that this reader does not know")
         if header.block_size != BLOCK:
             raise Refused(f"blocks of {header.block_size} bytes")
@@ -136,8 +139,35 @@ class Reader:
 
     def _bitmap(self, segment: int) -> bytes:
         if segment not in self._bitmaps:
-            self._bitmaps[segment] = self._read_bitmap(segment)
+            recorded = self.recorded()  # before the map: a writer may be at work
+            bitmap = bytearray(self._read_bitmap(segment))
+            for block in recorded:
+                if block // (SPAN // BLOCK) == segment:
+                    within = block % (SPAN // BLOCK)
+                    bitmap[within // 8] |= 128 >> within % 8
+            self._bitmaps[segment] = bytes(bitmap)
         return self._bitmaps[segment]
+
+    def recorded(self) -> list[int]:
+        """The blocks that the records tell of, and that are as they say."""
+        blocks = []
+        for at in RECORDS if self.header.must_know & 1 else ():
+            page = exactly(self._delta, BLOCK, at)
+            magic, checksum, delta_id, count = RECORD.unpack_from(page)
+            if (
+                magic != b"NREC"
+                or checksum != zlib.crc32(page[8:])
+                or delta_id != self.header.id[:8]
+                or count > (BLOCK - RECORD.size) // ENTRY.size
+            ):
+                continue
+            for index in range(count):
+                block, content = ENTRY.unpack_from(page, RECORD.size + index * ENTRY.size)
+                if block * BLOCK < self.size:
+                    place = block * BLOCK + (block * BLOCK // SPAN + 1) * METADATA
+                    if blake3(exactly(self._delta, BLOCK, place)).digest()[:16] == content:
+                        blocks.append(block)
+        return blocks
 
     def _read_bitmap(self, segment: int) -> bytes:
         pages = [exactly(self._delta, BLOCK, segment * SEGMENT + at) for at in MAPS]
@@ -414,6 +444,74 @@ def test_what_is_flushed_is_in_the_files_of_an_open_clone(store: Path, base: Dis
             with Reader(store, "clone") as reader:
                 whole(reader.read, disk)
     both_read(store, disk)
+
+
+def test_what_a_record_tells_is_read_after_each_flush_and_in_the_map_after_the_close(
+    store: Path, base: Disk, rng: random.Random
+) -> None:
+    size = SPAN + (1 << 20)
+    disk = base.grown(size)
+    told = []
+    with make_clone(store, size).open_clone("clone") as clone:
+        for offset in (5000, SPAN - BLOCK, SPAN + 3 * BLOCK, 9 * BLOCK, 9 * BLOCK + 5):
+            data = rng.randbytes(BLOCK)
+            clone.pwrite(data, offset)
+            disk.write(data, offset)
+            clone.zero(offset + 20 * BLOCK, BLOCK)
+            disk.zero(offset + 20 * BLOCK, BLOCK)
+            clone.flush()
+            with Reader(store, "clone") as reader:
+                told.append(len(reader.recorded()))
+                whole(reader.read, disk)
+    assert max(told) > 2
+    with Reader(store, "clone") as reader:
+        assert reader.recorded() == []
+    for at in RECORDS:
+        assert get(delta_of(store), BLOCK, at) == bytes(BLOCK)
+    both_read(store, disk)
+
+
+def test_a_block_that_is_not_as_its_record_says_reads_from_below(store: Path, base: Disk, rng: random.Random) -> None:
+    """What a crash leaves, and a power cut of it: a record of three blocks, of which one is torn."""
+    blocks = (7, 9, BASE_SIZE // BLOCK)
+    make_clone(store)
+    disk = base.grown(BASE_SIZE)
+    with Reader(store, "clone") as reader:
+        delta_id = reader.header.id
+    entries = []
+    for block in blocks:
+        data = rng.randbytes(BLOCK)
+        put(delta_of(store), data, block * BLOCK + METADATA)
+        entries.append((block, blake3(data).digest()[:16]))
+        if block != 9:
+            disk.write(data[: min(BLOCK, BASE_SIZE - block * BLOCK)], block * BLOCK)
+    put(delta_of(store), b"torn", 9 * BLOCK + METADATA + 512)
+    rest = delta_id[:8] + len(entries).to_bytes(8, "big") + b"".join(ENTRY.pack(*entry) for entry in entries)
+    rest = rest.ljust(BLOCK - 8, b"\0")
+    record = b"NREC" + zlib.crc32(rest).to_bytes(4, "big") + rest
+    for at in RECORDS:
+        put(delta_of(store), record, at)
+        both_read(store, disk)  # and the project's own leaves it in the map
+        with Reader(store, "clone") as reader:
+            assert reader.recorded() == []
+        both_read(store, disk)
+
+
+@pytest.mark.parametrize("spoil", ["magic", "checksum", "id", "count", "feature"])
+def test_a_record_that_is_not_valid_means_nothing(store: Path, base: Disk, rng: random.Random, spoil: str) -> None:
+    make_clone(store)
+    with Reader(store, "clone") as reader:
+        delta_id = reader.header.id
+    data = rng.randbytes(BLOCK)
+    put(delta_of(store), data, 7 * BLOCK + METADATA)
+    its_id = b"another1" if spoil == "id" else delta_id[:8]
+    count = 170 if spoil == "count" else 1
+    rest = (its_id + count.to_bytes(8, "big") + ENTRY.pack(7, blake3(data).digest()[:16])).ljust(BLOCK - 8, b"\0")
+    checksum = zlib.crc32(rest) ^ (spoil == "checksum")
+    put(delta_of(store), (b"NREX" if spoil == "magic" else b"NREC") + checksum.to_bytes(4, "big") + rest, RECORDS[0])
+    if spoil == "feature":
+        edit_headers(delta_of(store), 16, bytes(8))
+    both_read(store, base)
 
 
 def test_zeros_hide_the_data_of_the_base(store: Path, base: Disk) -> None:

@@ -56,7 +56,7 @@ class Output:
 
     ``backlog`` counts the bytes that the peer has not taken yet. ``on_room`` is called whenever it took some,
     ``on_lost`` once when the connection is found broken; from then on everything is swallowed. ``before_sending`` is
-    called before what was gathered leaves, ``on_sent`` when the socket took something.
+    called at the end of a turn, and before what was gathered leaves, ``on_sent`` when the socket took something.
     """
 
     def __init__(
@@ -121,11 +121,11 @@ class Output:
 
     def push(self) -> None:
         """Send what was gathered. What the socket does not take now, is copied and waits."""
+        self._before_sending()
         filled = self.filled
         if not filled:
             return
         self.filled = 0
-        self._before_sending()
         sent = 0 if self._waiting else self._send(self.view[:filled])
         if sent < filled and not self._lost:
             self._wait_copied(self.view[sent:filled])

@@ -16,7 +16,7 @@ from pathlib import Path
 from nbdclone.errors import InUse, NBDCloneError, NotFound, StorageError
 from nbdclone.store.check_base import BaseExamination, Wishes, files_of_a_base
 from nbdclone.store.check_delta import Examination, linked_to, read_from_below
-from nbdclone.store.delta import Header, read_header
+from nbdclone.store.delta_file import Header, read_header
 from nbdclone.store.finding import NOTE, WRONG, Finding, Problem, Range
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem
 from nbdclone.store.image import BaseRecord, Progress, thaw_bases

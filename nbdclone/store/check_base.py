@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nbdclone.errors import InUse, NotFound, StorageError, UnsupportedFormat
-from nbdclone.store.delta import Header
+from nbdclone.store.delta_file import Header
 from nbdclone.store.finding import NOTE, WRONG, Finding, Range
 from nbdclone.store.fs import FileSystem
 from nbdclone.store.image import (

@@ -15,13 +15,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nbdclone.errors import CorruptDelta, StorageError, UnsupportedFormat
-from nbdclone.store.delta import (
+from nbdclone.store.delta_file import (
     CHECKSUM,
     EMPTY_BITMAP,
+    EMPTY_PAGE,
     HEADER_SLOTS,
+    JOURNAL,
     MAP_SLOTS,
     METADATA_SIZE,
     PAGE_SIZE,
+    RECORD_SLOTS,
     SEGMENT_SPAN,
     Header,
     decode_map_page,
@@ -30,6 +33,7 @@ from nbdclone.store.delta import (
 )
 from nbdclone.store.finding import NOTE, WRONG, Finding, Problem, Range
 from nbdclone.store.fs import FileSystem, data_and_holes, seek_extent
+from nbdclone.store.journal import recorded_blocks
 from nbdclone.store.layer import (
     BLOCK_SIZE,
     BLOCKS_PER_SEGMENT,
@@ -44,7 +48,6 @@ from nbdclone.store.repair import trailing_data
 
 # What lies behind the end of a delta is kept before it is cut off, if it is no more than this.
 MAX_TRAILING = 64 << 20
-_EMPTY_PAGE = bytes(PAGE_SIZE)
 _MARKED = re.compile(rb"\x01+")
 _SLOTS = "AB"
 # In the header: sequence, id of the parent, length of its name, the name (docs/format.md).
@@ -71,6 +74,7 @@ class Examination:
         self._examine_header()
         if self.header:
             self._examine_maps(self.header)
+            self._examine_records(self.header)
             self._examine_length(self.header)
 
     def _add(
@@ -98,7 +102,7 @@ class Examination:
         reasons: list[str] = []
         for page in pages:
             try:
-                headers.append(Header.decode(page or _EMPTY_PAGE, ""))
+                headers.append(Header.decode(page or EMPTY_PAGE, ""))
                 reasons.append("")
             except UnsupportedFormat as error:
                 words = str(error).removeprefix(": ")
@@ -182,8 +186,8 @@ class Examination:
     def _examine_map(self, header: Header, segment: int) -> None:
         places = [segment * SEGMENT_SPAN + slot for slot in MAP_SLOTS]
         pages = [self._page(place) for place in places]
-        read = [decode_map_page(page or _EMPTY_PAGE, segment, header.id) for page in pages]
-        bad = [slot for slot in (0, 1) if read[slot] is None and pages[slot] != _EMPTY_PAGE]
+        read = [decode_map_page(page or EMPTY_PAGE, segment, header.id) for page in pages]
+        bad = [slot for slot in (0, 1) if read[slot] is None and pages[slot] != EMPTY_PAGE]
         valid = sorted(((decoded[0], slot) for slot, decoded in enumerate(read) if decoded), reverse=True)
         what = f"the map page of segment {segment}"
         if not valid:
@@ -203,7 +207,7 @@ class Examination:
                 f"after a crash, the blocks of one flush may read from below",
                 at=at,
                 # Zeros first: a copy that a power cut tears must not complete a newer page that another one tore.
-                patches=self._unless_cut(segment, [(places[older], _EMPTY_PAGE)]) + copy,
+                patches=self._unless_cut(segment, [(places[older], EMPTY_PAGE)]) + copy,
             )
         elif len(valid) == 2 and valid[0][0] == valid[1][0] and read[0] != read[1]:
             self._add(
@@ -276,7 +280,7 @@ class Examination:
                     "its blocks read from below, as docs/format.md says; --repair clears the page",
                     at=at,
                     ranges=self._data_of(header, segment),
-                    patches=self._unless_cut(segment, [(places[bad[0]], _EMPTY_PAGE)]),
+                    patches=self._unless_cut(segment, [(places[bad[0]], EMPTY_PAGE)]),
                 )
         elif whole := _from_both(pages, lambda page: decode_map_page(page, segment, header.id) is not None):
             self._add(
@@ -314,6 +318,27 @@ class Examination:
                 found.append(_on_disk(header, segment, start - begin, end - begin))
             start = end
         return found
+
+    # The records
+
+    def _examine_records(self, header: Header) -> None:
+        """A clone that was closed has none. What is in them is taken over by the next to write to the clone."""
+        if self._in_use or not header.features & JOURNAL:
+            return
+        pages = {slot: self._page(slot) for slot in RECORD_SLOTS}
+        at = [(slot, PAGE_SIZE) for slot, page in pages.items() if page != EMPTY_PAGE]
+        if not at:
+            return
+        blocks = recorded_blocks(self._fs, self._fd, header, [page for page in pages.values() if page])
+        untold = [block for block in sorted(set(blocks)) if not is_marked(self._fs, self._fd, header, block)]
+        self._add(
+            "records",
+            f"it was not closed: there are records of its last flushes, and {len(untold)} blocks stand in them alone",
+            "they count, and the next change of the clone puts them into the map",
+            at=at,
+            level=NOTE,
+            ranges=[_on_disk(header, 0, block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE) for block in untold],
+        )
 
     # The length
 
@@ -390,6 +415,7 @@ def read_from_below(fs: FileSystem, fd: int, header: Header, ranges: Sequence[Ra
     """How many bytes of the ranges the clone reads from its base. A map that is lost hides nothing."""
     total = 0
     segment, own = -1, uniform(NOWHERE)
+    recorded = set(recorded_blocks(fs, fd, header))  # before the maps, for a writer may be at work (docs/format.md)
     for offset, length in ranges:
         end = min(offset + length, header.size)
         while offset < end:
@@ -399,17 +425,23 @@ def read_from_below(fs: FileSystem, fd: int, header: Header, ranges: Sequence[Ra
             start = offset - segment * SEGMENT_SIZE
             stop = min(end - segment * SEGMENT_SIZE, SEGMENT_SIZE)
             for block in range(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE)):
-                if own[block] == NOWHERE:
+                if own[block] == NOWHERE and segment * BLOCKS_PER_SEGMENT + block not in recorded:
                     total += min(stop, (block + 1) * BLOCK_SIZE) - max(start, block * BLOCK_SIZE)
             offset = segment * SEGMENT_SIZE + stop
     return total
+
+
+def is_marked(fs: FileSystem, fd: int, header: Header, block: int) -> bool:
+    """Does a page of the map have the block, by its number on the disk?"""
+    segment, within = divmod(block, BLOCKS_PER_SEGMENT)
+    return bool(_newest_map(fs, fd, header, segment)[within >> 3] & 0x80 >> (within & 7))
 
 
 def _newest_map(fs: FileSystem, fd: int, header: Header, segment: int) -> bytes:
     page = bytearray(PAGE_SIZE)
     maps: list[tuple[int, bytes]] = []
     for slot in MAP_SLOTS:
-        page[:] = _EMPTY_PAGE
+        page[:] = EMPTY_PAGE
         fs.pread_all(fd, [page], segment * SEGMENT_SPAN + slot, PAGE_SIZE)
         decoded = decode_map_page(bytes(page), segment, header.id)
         if decoded:
@@ -432,7 +464,7 @@ def linked_to(fs: FileSystem, fd: int, base_id: bytes, base_name: str) -> tuple[
 def _from_both(pages: Sequence[bytes | None], is_valid: Callable[[bytes], bool]) -> bytes | None:
     """The one page, if there is one, whose checksum is right and of which each sector stands in one of the two."""
     first, second = pages
-    if first is None or second is None or _EMPTY_PAGE in (first, second):
+    if first is None or second is None or EMPTY_PAGE in (first, second):
         return None
     sectors = range(0, PAGE_SIZE, SECTOR_SIZE)
     differing = [at for at in sectors if first[at : at + SECTOR_SIZE] != second[at : at + SECTOR_SIZE]]

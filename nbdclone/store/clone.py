@@ -255,8 +255,10 @@ class Clone:
 
         ENOSPC (the disk is full) and EDQUOT (the clone's quota): each sector holds what it held, or what was written.
         """
-        self._write(view, offset, nowait=False)
-        self.note_marks()
+        try:
+            self._write(view, offset, nowait=False)
+        finally:  # also what got in before it failed: it is read from now on
+            self.note_marks()
 
     def note_marks(self) -> None:
         """Keep what was written from being lost with this process: once for several calls of :meth:`write_nowait`."""
@@ -277,20 +279,22 @@ class Clone:
         """
         if offset + length == self.size:  # the last block goes whole, although the disk may end within it
             length = block_count(self.size) * BLOCK_SIZE - offset
-        with self._changing:
-            self._writable().require_sound()
-            without_space: list[tuple[int, int]] = []
-            for start, count in _pieces(offset, length):
-                try:
+        try:
+            with self._changing:
+                self._writable().begin_changes(nowait=False)
+                without_space: list[tuple[int, int]] = []
+                for start, count in _pieces(offset, length):
+                    try:
+                        self._zero_piece(start, count, allocate)
+                    except OSError as error:
+                        if allocate or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                            raise
+                        without_space.append((start, count))
+                # A map that is new takes space; the segments after it may have given back some.
+                for start, count in without_space:
                     self._zero_piece(start, count, allocate)
-                except OSError as error:
-                    if allocate or error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                        raise
-                    without_space.append((start, count))
-            # A map that is new takes space; the segments after it may have given back some.
-            for start, count in without_space:
-                self._zero_piece(start, count, allocate)
-        self.note_marks()
+        finally:
+            self.note_marks()
 
     def _zero_piece(self, offset: int, length: int, allocate: bool) -> None:
         if offset & BLOCK_MASK or length < BLOCK_SIZE:
@@ -319,7 +323,7 @@ class Clone:
         if not self._changing.acquire(not nowait):
             raise BlockingIOError(errno.EAGAIN, "another change is under way, which may wait for a disk")
         try:
-            (self._delta or self._writable()).require_sound()
+            (self._delta or self._writable()).begin_changes(nowait)
             length = len(view)
             if not (offset | length) & BLOCK_MASK and offset % SEGMENT_SIZE + length <= SEGMENT_SIZE:
                 self._write_blocks(view, offset, nowait)
@@ -357,6 +361,8 @@ class Clone:
         position = offset + (segment + 1) * delta.stride
         first = within >> BLOCK_SHIFT
         count = length >> BLOCK_SHIFT
+        if delta.young and (count > 1 or offset >> BLOCK_SHIFT in delta.young):
+            self._settle(offset >> BLOCK_SHIFT, count, nowait)
         fresh = owners.count(self._top, first, first + count) != count
         if fresh:
             delta.reserve(segment, nowait)
@@ -414,6 +420,8 @@ class Clone:
             # Also where the block is not ours yet: what lies at its place may be the bytes of a write that a crash
             # left unmarked. As with data, the hole is made before the mark, and a flush syncs it before the map.
             position = (segment + 1) * delta.stride + segment * SEGMENT_SIZE + (first << BLOCK_SHIFT)
+            if delta.young:
+                self._settle(segment * BLOCKS_PER_SEGMENT + first, end - first, nowait)
             fresh = owners.count(self._top, first, end) != end - first
             if fresh:
                 delta.reserve(segment, nowait)
@@ -441,6 +449,8 @@ class Clone:
         if owner == self._top:
             if nowait:  # the kernel would read the rest of the page from the disk: see that it need not
                 self._read_block(block, offset - lead, nowait)
+            if delta.young:
+                self._settle(offset >> BLOCK_SHIFT, 1, nowait)
             delta.quota.take(position - lead, BLOCK_SIZE, nowait)
             try:
                 self._fs.pwrite_all(delta.fd, view, position)
@@ -455,6 +465,12 @@ class Clone:
         """Read one block; beyond the end of the disk, in its last block, there are zeros."""
         count = min(BLOCK_SIZE, self.size - offset)
         self._read(memoryview(block)[:count], offset, nowait)
+
+    def _settle(self, block: int, count: int, nowait: bool) -> None:
+        """Blocks [block, block + count) of the disk are about to be changed: see that they may be."""
+        delta = self._writable()
+        if not delta.young.isdisjoint(range(block, block + count)):
+            delta.before_change(block, count, nowait)
 
     def _take(self, segment: int, first: int, end: int) -> None:
         """Make blocks [first, end) of the segment the delta's."""

@@ -27,6 +27,7 @@ KINDS = frozenset(
         "map-slots-disagree",
         "map-first-torn",
         "not-closed",
+        "records",
         "unmarked-data",
         "marked-beyond",
         "too-short",

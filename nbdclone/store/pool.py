@@ -37,7 +37,8 @@ from nbdclone.errors import (
     UsageError,
 )
 from nbdclone.store.clone import Clone
-from nbdclone.store.delta import Delta, Header, change_header, read_header
+from nbdclone.store.delta import Delta
+from nbdclone.store.delta_file import Header, change_header, read_header
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem
 from nbdclone.store.image import BaseRecord, Identity, Image, Progress, thaw, thaw_bases
 from nbdclone.store.importing import import_image

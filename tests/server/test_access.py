@@ -24,7 +24,7 @@ from nbdclone.server.access import Access
 from nbdclone.server.server import Server
 from nbdclone.server.settings import read_settings
 from nbdclone.store.clone import Clone
-from nbdclone.store.delta import MAP_SLOTS
+from nbdclone.store.delta_file import MAP_SLOTS
 from nbdclone.store.pool import Pool
 
 TCP = ("127.0.0.1", 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdclone.store.check import check_pool, is_clean
-from nbdclone.store.delta import HEADER_SLOTS, MAP_SLOTS, PAGE_SIZE, SEGMENT_SPAN
+from nbdclone.store.delta_file import HEADER_SLOTS, MAP_SLOTS, PAGE_SIZE, SEGMENT_SPAN
 from nbdclone.store.finding import WRONG, Finding
 from nbdclone.store.layer import BLOCK_SIZE, SEGMENT_SIZE
 from nbdclone.store.pool import Pool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +14,8 @@ from simulated import SECTOR, ZEROS, File, SimulatedFileSystem
 
 from nbdclone.errors import CloneFailed, NBDCloneError
 from nbdclone.store.clone import Clone
-from nbdclone.store.delta import Delta, Header
+from nbdclone.store.delta import Delta
+from nbdclone.store.delta_file import Header
 from nbdclone.store.image import BaseRecord, Identity, Image
 from nbdclone.store.layer import BLOCK_SIZE, SEGMENT_SIZE
 
@@ -38,6 +40,32 @@ class LawBroken(AssertionError):
 def stamp(number: int, sector: int) -> bytes:
     """512 bytes that no other write, no other sector and no hole has."""
     return (number.to_bytes(4, "big") + (sector + 1).to_bytes(4, "big")) * (SECTOR // 8)
+
+
+class WouldWait(BaseException):
+    """What came in the midst of something else would have to wait for its end."""
+
+
+class Turn:
+    """A lock for one thread that does one thing in the midst of another."""
+
+    def __init__(self) -> None:
+        self._taken = False
+
+    def acquire(self, blocking: bool = True) -> bool:
+        if self._taken and blocking:
+            raise WouldWait
+        self._taken, before = True, self._taken
+        return not before
+
+    def release(self) -> None:
+        self._taken = False
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 class Ledger:
@@ -134,12 +162,20 @@ def open_clone(fs: SimulatedFileSystem) -> Clone:
 
 
 class Campaign:
-    """One seeded life of a clone, through several openings, with a look at torn states at every step of it."""
+    """One seeded life of a clone, through several openings, with a look at torn states at every step of it.
+
+    ``synced``: of small writes, each soon followed by a flush, many to the same places. ``flushes`` counts how many
+    flushes relied on a record, and how many changes had to wait for one.
+    """
 
     _others = 2  # how many writes, at most, are acknowledged together with one
 
-    def __init__(self, seed: int, *, states_per_step: int = 3, errors: bool = True) -> None:
+    def __init__(self, seed: int, *, states_per_step: int = 3, errors: bool = True, synced: bool = False) -> None:
         self.seed = seed
+        self.flushes: Counter[str] = Counter()
+        self._synced = synced
+        self._places: list[tuple[int, int]] = []  # where was written, lately
+        self._postponed: Callable[[], None] | None = None
         self.states = 0
         self._states_per_step = states_per_step
         self._errors = errors
@@ -167,6 +203,7 @@ class Campaign:
         self._fs.on_step = self._at_step
         self._fs.rng = self._rng
         self._clone = open_clone(self._fs)
+        self._prepare(self._clone)
         found = read_sectors(self._clone)
         if self._killed:
             self._ledger.require_acknowledged(found)
@@ -186,7 +223,7 @@ class Campaign:
                     self._clone.close()
         # After a failed sync nobody knows what the disk has.
         self._killed = end == "kill" and not self._failed
-        self._doing, self._nested, self._deadly, self._failed = "", False, False, False
+        self._doing, self._nested, self._deadly, self._failed, self._postponed = "", False, False, False, None
         self._fs.die()
         if end == "power cut":
             self._fs = self._fs.crash(self._rng)
@@ -213,6 +250,26 @@ class Campaign:
         live.covered = sparing(live.covered)  # type: ignore[method-assign]
         live.note_failure = sparing(live.note_failure)  # type: ignore[method-assign]
 
+    def _prepare(self, clone: Clone) -> None:
+        """Something else may happen in the midst of anything; and what is counted."""
+        delta = clone._delta
+        assert delta is not None
+        clone._changing = Turn()  # type: ignore[assignment]
+        delta._flushing = Turn()  # type: ignore[assignment]
+        delta._young._limit = min(delta._young._limit, self._rng.choice([2, 5, 8]))
+        witness, solidify = delta._journal.written, delta._solidify
+
+        def witnessed() -> None:
+            self.flushes["with one sync"] += 1
+            witness()
+
+        def solidified() -> None:
+            self.flushes["for a change"] += 1
+            solidify()
+
+        delta._journal.written = witnessed  # type: ignore[method-assign]
+        delta._solidify = solidified  # type: ignore[method-assign]
+
     def _close(self) -> None:
         finished = self._ledger.begin_flush()
         try:
@@ -224,14 +281,18 @@ class Campaign:
 
     def _operate(self) -> None:
         try:
-            if self._rng.random() < 0.3:
+            if self._rng.random() < (0.5 if self._synced else 0.3):
                 self._flush()
             else:
                 self._write()
+            if self._postponed:
+                self._postponed()
+                self._postponed = None
         except (CloneFailed, OSError) as error:
             if isinstance(error, CloneFailed) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 self._give_up()
             self._ledger.observe(read_sectors(self._clone), durable=False)
+            self._postponed = None
         if self._rng.random() < 0.1:
             for sector, content in read_sectors(self._clone).items():
                 if content != self._ledger.latest(sector):
@@ -251,6 +312,8 @@ class Campaign:
             offset = self._rng.randrange(start, end)
             length = self._rng.choice([1, 100, 512, 4096, 9000])
         length = min(length, end - offset)
+        if self._synced:
+            offset, length = self._place(offset, start, end)
         kind = self._rng.random()
         before, self._doing = self._doing, "write"
         try:
@@ -261,6 +324,19 @@ class Campaign:
         finally:
             self._doing = before
 
+    def _place(self, offset: int, start: int, end: int) -> tuple[int, int]:
+        """Where a small write goes: to a block, to a part of one, or to where one went before."""
+        if self._places and self._rng.random() < 0.4:
+            offset, length = self._rng.choice(self._places[-4:])
+            if self._rng.random() < 0.5:
+                return offset, length
+            return offset, self._rng.choice([1, 100, length])
+        if self._rng.random() < 0.7:
+            offset -= (offset - start) % BLOCK_SIZE
+        length = self._rng.choice([100, SECTOR, BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE + SECTOR])
+        self._places.append((offset, min(length, end - offset)))
+        return self._places[-1]
+
     def _data(self, offset: int, length: int) -> bytes:
         number = self._ledger._number + 1
         first = offset // SECTOR
@@ -269,19 +345,27 @@ class Campaign:
 
     def _send(self, offset: int, data: bytes, *, zero: bool, allocate: bool = False) -> None:
         number = self._ledger.begin(offset, data)
-        if zero:
-            self._clone.zero(offset, len(data), allocate=allocate)
-        elif self._rng.random() < 0.4:
-            self._send_together(offset, data)
-        else:
-            self._clone.pwrite(data, offset)
-        self._ledger.finish(number)
+
+        def send() -> None:
+            if zero:
+                self._clone.zero(offset, len(data), allocate=allocate)
+            elif together:
+                self._send_together(offset, data)
+            else:
+                self._clone.pwrite(data, offset)
+            self._ledger.finish(number)
+
+        together = self._rng.random() < 0.4
+        try:
+            send()
+        except WouldWait:
+            self._postponed = send
 
     def _send_together(self, offset: int, data: bytes) -> None:
         """As a server does it: some writes, one after the other, and then they are acknowledged together."""
         self._write_now(offset, data)
         written = []
-        for _ in range(self._rng.randint(0, self._others)):
+        for _ in range(0 if self._nested else self._rng.randint(0, self._others)):
             other = self._rng.randrange(*self._rng.choice(WINDOWS)) // SECTOR * SECTOR
             block = self._data(other, SECTOR)
             written.append(self._ledger.begin(other, block))
@@ -322,10 +406,12 @@ class Campaign:
     def _meanwhile(self) -> None:
         """While a flush runs, a write comes and is done; while a write runs, a flush."""
         other: Callable[[], None] | None = {"flush": self._write, "write": self._flush}.get(self._doing)
-        if other:
+        if other and not self._postponed:  # what comes after a change that waits, waits too
             self._nested = True
             try:
                 other()
+            except WouldWait:  # a flush that a change waits for
+                pass
             except (OSError, CloneFailed):
                 self._give_up()
             finally:

@@ -31,7 +31,7 @@ from checked import (
 from nbdclone.errors import BaseChanged, NBDCloneError, NotFound
 from nbdclone.store import image as image_module
 from nbdclone.store.check import LOOKS, check_pool, is_clean
-from nbdclone.store.delta import MAP_SLOTS
+from nbdclone.store.delta_file import MAP_SLOTS
 from nbdclone.store.fs import FileSystem
 from nbdclone.store.image import CHUNK_SIZE, BaseRecord, Identity, take_samples
 from nbdclone.store.layer import BLOCK_SIZE, SEGMENT_SIZE

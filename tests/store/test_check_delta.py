@@ -31,7 +31,7 @@ from nbdclone.errors import BaseChanged, CorruptDelta, NBDCloneError
 from nbdclone.store import check_delta
 from nbdclone.store.check import check_pool, is_clean
 from nbdclone.store.check_delta import linked_to
-from nbdclone.store.delta import (
+from nbdclone.store.delta_file import (
     HEADER_SLOTS,
     MAP_SLOTS,
     METADATA_SIZE,

@@ -19,7 +19,7 @@ from test_rot import closed_cleanly, flipped
 from nbdclone.errors import CorruptDelta, NBDCloneError
 from nbdclone.store.check import check_pool
 from nbdclone.store.check_delta import Examination
-from nbdclone.store.delta import HEADER_SLOTS, MAP_SLOTS, PAGE_SIZE
+from nbdclone.store.delta_file import HEADER_SLOTS, MAP_SLOTS, PAGE_SIZE
 from nbdclone.store.finding import WRONG
 from nbdclone.store.repair import repair
 

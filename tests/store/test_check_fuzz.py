@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from nbdclone.errors import NBDCloneError
 from nbdclone.store.check import check_pool, is_clean
-from nbdclone.store.delta import HEADER_SLOTS, MAP_SLOTS, PAGE_SIZE, read_header
+from nbdclone.store.delta_file import HEADER_SLOTS, MAP_SLOTS, PAGE_SIZE, read_header
 from nbdclone.store.fs import FileSystem
 from nbdclone.store.live import HEAD, MAGIC
 from nbdclone.store.pool import Pool

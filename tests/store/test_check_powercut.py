@@ -25,7 +25,7 @@ from nbdclone.errors import CorruptDelta
 from nbdclone.store.check import check_pool, is_clean
 from nbdclone.store.check_delta import Examination
 from nbdclone.store.clone import Clone
-from nbdclone.store.delta import HEADER_SLOTS, MAP_SLOTS, PAGE_SIZE, SEGMENT_SPAN, decode_map_page, encode_map_page
+from nbdclone.store.delta_file import HEADER_SLOTS, MAP_SLOTS, PAGE_SIZE, SEGMENT_SPAN, decode_map_page, encode_map_page
 from nbdclone.store.image import BaseRecord
 from nbdclone.store.layer import BITMAP_SIZE, BLOCK_SIZE
 from nbdclone.store.pool import Pool
@@ -154,6 +154,7 @@ class KilledCampaign:
         clone = open_clone(self.fs)
         clone.pwrite(b"2" * BLOCK_SIZE, BLOCK_SIZE)
         clone.pwrite(b"2" * BLOCK_SIZE, FAR)
+        clone.pwrite(b"2" * BLOCK_SIZE, FAR)  # written again: a flush with two syncs
         self.allowed.append(self._read(clone))
         syncs = itertools.count()
         self.fs.on_step = lambda what: self._die() if what == "sync" and next(syncs) == 1 else None

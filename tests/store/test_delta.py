@@ -20,14 +20,14 @@ from words import refusal
 
 from nbdclone.errors import CloneFailed, CorruptDelta, FileTooLarge, NotFound, UnsupportedFormat
 from nbdclone.store.clone import Clone
-from nbdclone.store.delta import (
+from nbdclone.store.delta import Delta
+from nbdclone.store.delta_file import (
     CHECKSUM,
     HEADER_SLOTS,
     MAP_SLOTS,
     METADATA_SIZE,
     PAGE_SIZE,
     SEGMENT_SPAN,
-    Delta,
     Header,
     decode_map_page,
     encode_map_page,
@@ -95,7 +95,7 @@ def test_a_header_with_an_impossible_size_is_corrupt(size: int) -> None:
         Header.decode(replace(HEADER, size=size).encode(), "delta")
 
 
-@pytest.mark.parametrize(("offset", "value"), [(8, 2), (16, 1), (16, 1 << 31)], ids=["version", "feature", "features"])
+@pytest.mark.parametrize(("offset", "value"), [(8, 2), (16, 2), (16, 1 << 31)], ids=["version", "feature", "features"])
 def test_a_header_of_a_newer_version_says_so(offset: int, value: int) -> None:
     page = bytearray(HEADER.encode())
     struct.pack_into(">I" if offset == 8 else ">Q", page, offset, value)
@@ -133,6 +133,12 @@ def store(delta: Delta, block: int, content: bytes) -> None:
     os.pwrite(delta.fd, content, block * BLOCK_SIZE + (segment + 1) * METADATA_SIZE)
     delta.mark(segment, within, within)
     delta.touched()
+
+
+def flush_with_two_syncs(delta: Delta) -> None:
+    """As if there were too many new blocks for a record."""
+    delta._young.lose_count()
+    delta.flush()
 
 
 def blocks_of(delta: Delta, segment: int = 0) -> set[int]:
@@ -186,7 +192,7 @@ def test_flushes_go_to_the_two_slots_in_turn(path: Path) -> None:
         changed: list[int] = []
         for block in range(6):
             store(delta, block, b"x" * BLOCK_SIZE)
-            delta.flush()
+            flush_with_two_syncs(delta)
             after = pages()
             changed += [slot for slot in (0, 1) if before[slot] != after[slot]]
             before = after
@@ -238,7 +244,7 @@ def test_the_space_for_the_map_is_taken_once_and_before_it_is_written(path: Path
         assert path.stat().st_blocks * 512 >= before * 512 + 2 * PAGE_SIZE
         delta.mark(0, 2, 2)
         delta.reserve(0, nowait=False)
-        delta.flush()
+        flush_with_two_syncs(delta)
         assert len(calls) == 2
     with closing(opened(path, Watched())) as delta:
         delta.reserve(0, nowait=False)
@@ -249,7 +255,7 @@ def test_a_copy_of_a_delta_that_has_a_hole_for_a_map_page_gets_its_space_again(p
     with closing(opened(path)) as delta:
         delta.reserve(0, nowait=False)
         delta.mark(0, 1, 1)
-        delta.flush()  # the first page; then it is killed, and the file copied without its zeros
+        flush_with_two_syncs(delta)  # the first page; then it is killed, and the file copied without its zeros
         page = os.pread(delta.fd, PAGE_SIZE, MAP_SLOTS[0])
     copy = made(tmp_path / "copy", HEADER)
     with open(copy, "r+b") as file:
@@ -313,6 +319,7 @@ def test_after_a_failed_sync_a_clone_takes_no_more_until_it_is_reopened(failing:
     fs = simulated_disk()
     clone = open_clone(fs)
     clone.pwrite(b"x" * BLOCK_SIZE, 0)
+    clone.pwrite(b"x", 0)  # changed again: two syncs
     syncs = 0
 
     def fail(what: str) -> None:

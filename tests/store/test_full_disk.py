@@ -16,7 +16,8 @@ from powercut import BASE_SIZE, DELTA_PATH, SIZE, Campaign, LawBroken, open_clon
 from simulated import PAGE, SECTOR, File, SimulatedFileSystem, pages
 
 from nbdclone.store.clone import Clone
-from nbdclone.store.delta import MAP_SLOTS, METADATA_SIZE, SEGMENT_SPAN, Delta
+from nbdclone.store.delta import Delta
+from nbdclone.store.delta_file import MAP_SLOTS, METADATA_SIZE, SEGMENT_SPAN
 from nbdclone.store.layer import BLOCK_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE
 from nbdclone.store.live import MARKS_AT
 

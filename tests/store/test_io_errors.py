@@ -151,7 +151,7 @@ def test_whichever_operation_fails_each_sector_is_old_or_new_and_the_clone_goes_
     ("owner", "method", "old", "new"),
     [
         (Delta, "require_sound", "if self._failure:", "if False:"),
-        (Delta, "flush", "self._dirty |= noted.keys()\n", "pass\n"),
+        (Delta, "_flush", "self._map.dirty |= noted.keys()\n", "pass\n"),
         (Delta, "_sync", "            raise\n", "            pass\n"),
         (Clone, "_zero_blocks", "                raise\n", "                pass\n"),
     ],

@@ -15,7 +15,7 @@ import pytest
 from nbdclone.errors import CorruptDelta, StorageError
 from nbdclone.store.check import check_pool
 from nbdclone.store.clone import Clone
-from nbdclone.store.delta import MAP_SLOTS
+from nbdclone.store.delta_file import MAP_SLOTS
 from nbdclone.store.fs import F_GET_RW_HINT, F_SET_RW_HINT, FileSystem
 from nbdclone.store.layer import BLOCK_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE
 from nbdclone.store.live import MARK_SIZE, MARKS_AT
@@ -48,6 +48,7 @@ def write_and_die(path: Path, fail: bool) -> None:
         clone.pwrite(NEW, offset)
     clone.zero(BLOCK_SIZE, BLOCK_SIZE)
     if fail:
+        clone.pwrite(NEW * 100, 100 * BLOCK_SIZE)  # too many blocks for a record, which would tell what the file has
         with contextlib.suppress(OSError):
             clone.flush()
     os._exit(9)

@@ -28,7 +28,7 @@ from nbdclone.errors import (
     UnsupportedFormat,
     UsageError,
 )
-from nbdclone.store.delta import HEADER_SLOTS, PAGE_SIZE
+from nbdclone.store.delta_file import HEADER_SLOTS, PAGE_SIZE
 from nbdclone.store.fs import FileSystem
 from nbdclone.store.image import BaseRecord, Image
 from nbdclone.store.layer import MAX_SIZE

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+from collections import Counter
 from typing import NamedTuple
 
 import pytest
@@ -16,9 +17,13 @@ from powercut import DELTA_PATH, Campaign, LawBroken, open_clone, simulated_disk
 from simulated import SECTOR
 
 from nbdclone.store.clone import Clone
-from nbdclone.store.delta import MAP_SLOTS, METADATA_SIZE, Delta, encode_map_page
+from nbdclone.store.delta import Delta
+from nbdclone.store.delta_file import MAP_SLOTS, METADATA_SIZE, encode_map_page
+from nbdclone.store.delta_map import DeltaMap
+from nbdclone.store.journal import Journal
 from nbdclone.store.layer import BITMAP_SIZE, BLOCK_SIZE, SEGMENT_SIZE
 from nbdclone.store.live import LiveMap
+from nbdclone.store.young import Young
 
 
 @pytest.fixture(autouse=True)
@@ -32,15 +37,21 @@ FIRST_SEED = int(os.environ.get("POWERCUT_SEED", "0"))
 
 
 @pytest.mark.timeout(120 + CAMPAIGNS)
+@pytest.mark.parametrize("synced", [False, True], ids=["any work", "small synced writes"])
 @pytest.mark.parametrize("errors", [False, True], ids=["sound disk", "disk with errors"])
-def test_a_power_cut_at_any_step_leaves_each_sector_old_or_new(errors: bool) -> None:
+def test_a_power_cut_at_any_step_leaves_each_sector_old_or_new(errors: bool, synced: bool) -> None:
     states = 0
+    flushes: Counter[str] = Counter()
     for seed in range(FIRST_SEED, FIRST_SEED + CAMPAIGNS):
-        campaign = Campaign(seed, errors=errors)
+        campaign = Campaign(seed, errors=errors, synced=synced)
         campaign.run()
         states += campaign.states
-    print(f"states: {states}")  # pytest -rP shows it
+        flushes += campaign.flushes
+    print(f"states: {states}, flushes {dict(flushes)}")  # pytest -rP shows it
     assert states > 100 * CAMPAIGNS
+    if synced:
+        assert flushes["with one sync"] > 2 * CAMPAIGNS
+        assert flushes["for a change"] > CAMPAIGNS // 4
 
 
 def test_a_campaign_is_the_same_each_time_for_its_seed() -> None:
@@ -52,7 +63,7 @@ def test_a_campaign_is_the_same_each_time_for_its_seed() -> None:
 
 def run_campaigns(count: int) -> None:
     for seed in range(count):
-        Campaign(seed, states_per_step=2).run()
+        Campaign(seed, states_per_step=2, synced=seed % 2 == 0).run()
 
 
 class Mutation(NamedTuple):
@@ -62,49 +73,46 @@ class Mutation(NamedTuple):
     new: str
 
 
-FIRST_SYNC = """                self._sync()
-                for segment in wiped:
+FIRST_SYNC = """            self._sync()
+            self._map.wiped(wiped)
 """
 SECOND_SYNC = """which an earlier sync made durable. Both point only at data that is.
-                    self._sync()
+                self._sync()
 """
+CHANGE = "if not self._{}.isdisjoint(wanted):\n            "
 STORED = """so when it failed: in blocks that were ours already, some of it may be read from now on
             delta.touched()
 """
 MUTATIONS = {
-    "the data sync is left out": Mutation(Delta, "flush", FIRST_SYNC, "                for segment in wiped:\n"),
+    "the data sync is left out": Mutation(Delta, "_flush", FIRST_SYNC, "            self._map.wiped(wiped)\n"),
     "the map is written before the data sync": Mutation(
-        Delta,
-        "flush",
-        FIRST_SYNC,
-        "                self._write_pages(noted)\n                self._sync()\n"
-        "                for segment in wiped:\n",
+        Delta, "_flush", FIRST_SYNC, "            self._map.write(noted)\n" + FIRST_SYNC
     ),
     "the map is noted after the data sync": Mutation(
         Delta,
-        "flush",
+        "_flush",
         FIRST_SYNC,
-        "                self._sync()\n"
-        "                noted = {segment: bytes(self._segments[segment].bitmap) for segment in noted}\n"
-        "                for segment in wiped:\n",
+        "            self._sync()\n"
+        "            noted = {segment: bytes(self._map.segments[segment].bitmap) for segment in noted}\n"
+        "            self._map.wiped(wiped)\n",
     ),
-    "the second sync is left out": Mutation(Delta, "flush", SECOND_SYNC, "\n"),
+    "the second sync is left out": Mutation(Delta, "_flush", SECOND_SYNC, "\n"),
     "the copies are made before the second sync": Mutation(
         Delta,
-        "flush",
+        "_flush",
         SECOND_SYNC,
-        "\n                    self._mirror(set(noted))\n                    self._sync()\n",
+        "\n                self._map.mirror(set(noted))\n                self._sync()\n",
     ),
     "the map goes to the same slot each time": Mutation(
-        Delta, "_write_pages", "MAP_SLOTS[1 - state.slot]", "MAP_SLOTS[0]"
+        DeltaMap, "write", "MAP_SLOTS[1 - state.slot]", "MAP_SLOTS[0]"
     ),
-    "the newest page is written over": Mutation(Delta, "_settle", "state.slot = 1 - state.slot", "pass"),
-    "the older page is believed": Mutation(Delta, "_read_map", "max(valid)", "min(valid)"),
+    "the newest page is written over": Mutation(DeltaMap, "written", "state.slot = 1 - state.slot", "pass"),
+    "the older page is believed": Mutation(DeltaMap, "_read", "max(valid)", "min(valid)"),
     "a new delta takes its file for synced": Mutation(
         Delta, "__init__", "self._unsynced = True", "self._unsynced = False"
     ),
     "a flush that failed forgets its blocks": Mutation(
-        Delta, "flush", "self._dirty |= noted.keys()\n", "pass\n"
+        Delta, "_flush", "self._map.dirty |= noted.keys()\n", "pass\n"
     ),
     "a failed sync is tried again": Mutation(Delta, "require_sound", "if self._failure:", "if False:"),
     "what a failed sync lost stays in the cache": Mutation(
@@ -134,7 +142,7 @@ MUTATIONS = {
     "marks are not noted as they are made": Mutation(Delta, "mark", "self._live.note(", "(lambda *_: None)("),
     "marks are not written before they are acknowledged": Mutation(Clone, "note_marks", "is not None", "is None"),
     "a flush takes marks for covered that came after it began": Mutation(
-        Delta, "flush", "self._live.covered(live)", "self._live.covered(self._live.noted)"
+        Delta, "_flush", "self._live.covered(live)", "self._live.covered(self._live.noted)"
     ),
     "the marks that stay are looked for in the wrong place": Mutation(
         LiveMap, "covered", "start = self._end - (self._written - noted) * MARK_SIZE", "start = self._end"
@@ -142,12 +150,47 @@ MUTATIONS = {
     "marks are written over those that were inherited": Mutation(
         LiveMap, "_read_marks", "self._end += MARK_SIZE", "pass"
     ),
-    "marks that were inherited are not flushed": Mutation(Delta, "_merge", "self._dirty.add(segment)", "pass"),
+    "marks that were inherited are not flushed": Mutation(Delta, "_merge", "self._map.dirty.add(segment)", "pass"),
     "marks are believed after a power cut": Mutation(
         LiveMap, "inherit", " or not self._fs.stayed_in_memory(self._delta_fd)", ""
     ),
     "a failed sync is not noted": Mutation(Delta, "_sync", "self._live.note_failure()", "pass"),
     "the cache of before a failed sync is kept": Mutation(LiveMap, "inherit", "if known and failed:", "if False:"),
+    # Of flushes with one sync.
+    "a block that relies on a record is changed at once": Mutation(Young, "change", "return True", "pass"),
+    "a change of a block while it is recorded is not seen": Mutation(Young, "change", "self._spoilt = True", "pass"),
+    "a change of a block that began before it is recorded is not seen": Mutation(
+        Young, "change", "self._rewritten = True", "pass"
+    ),
+    "nobody asks before a block is written": Mutation(Clone, "_store", "if delta.young and", "if False and"),
+    "nobody asks before a part is written": Mutation(Clone, "_write_partial", "if delta.young:", "if False:"),
+    "nobody asks before a hole is made": Mutation(Clone, "_zero_blocks", "if delta.young:", "if False:"),
+    "a change that waits syncs no map": Mutation(Delta, "_solidify", "self._sync()", "pass"),
+    "a change that waits writes no map": Mutation(Delta, "_solidify", "self._map.write(self._earlier)", "pass"),
+    "a record is not written": Mutation(Delta, "_record", "self._journal.write(blocks)", "pass"),
+    "the pages that were put off are forgotten": Mutation(
+        Delta, "_flush", "            self._map.write(self._earlier)\n", ""
+    ),
+    "the pages that were put off have the newest marks": Mutation(
+        Delta,
+        "_flush",
+        "self._map.write(self._earlier)\n",
+        "self._map.write({segment: bytes(self._map.segments[segment].bitmap) for segment in self._earlier})\n",
+    ),
+    "the pages are put off without a record": Mutation(Young, "synced", "recorded and ", ""),
+    "the place of the last record is used again": Mutation(Journal, "written", "1 - self._turn", "self._turn"),
+    "marks that are not counted are put off": Mutation(Young, "lose_count", "self._uncounted = True", "pass"),
+    "a flush that failed leaves its blocks to no record": Mutation(Young, "fail", "self.lose_count()", "pass"),
+    "records are wiped before the map is written": Mutation(
+        Delta,
+        "_recover",
+        "        self._flush(journaling=False)\n",
+        "        self._journal.wipe()\n        self._flush(journaling=False)\n",
+    ),
+    "what records tell is not taken over": Mutation(
+        Delta, "_inherit", "self._journal.inherit(self.header)", "[self._journal.inherit(self.header)][:0]"
+    ),
+    "a clone that crashed is changed at once": Mutation(Delta, "begin_changes", "if self._hindered:", "if False:"),
 }  # fmt: skip
 
 
@@ -159,7 +202,13 @@ def test_the_power_cuts_notice_when(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_power_cuts_notice_when_a_checksum_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nbdclone.store.delta.zlib.crc32", lambda data: 0)
+    monkeypatch.setattr("nbdclone.store.delta_file.zlib.crc32", lambda data: 0)
+    with pytest.raises(LawBroken, match="seed"):
+        run_campaigns(300)
+
+
+def test_the_power_cuts_notice_when_a_record_is_believed_without_its_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbdclone.store.journal.hash_of", lambda fs, fd, block: bytes(16))
     with pytest.raises(LawBroken, match="seed"):
         run_campaigns(300)
 

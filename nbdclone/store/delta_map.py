@@ -1,0 +1,187 @@
+"""The map of an open delta: its bits in memory, and the two slots of each of its pages.
+
+Map pages are written alternately to two places, each page with its sequence number and its checksum. A page that was
+torn by a power cut, or rots, fails its checksum, and the other slot holds the one before. A page is copied to the other
+slot too: at once if that holds nothing valid, otherwise when it was not changed again by the next flush, and at the
+close. So at rest both slots say the same, and losing either loses nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdclone.errors import CorruptDelta
+from nbdclone.store.delta_file import (
+    EMPTY_BITMAP,
+    EMPTY_PAGE,
+    MAP_SLOTS,
+    SEGMENT_SPAN,
+    decode_map_page,
+    encode_map_page,
+    read_page,
+)
+from nbdclone.store.fs import FileSystem
+
+logger = logging.getLogger("nbdclone")
+
+
+@dataclass(slots=True)
+class Segment:
+    """The map of one segment in memory. ``slot`` (0 or 1) is where the newest durable page stands.
+
+    ``bitmap`` is changed to a bytearray by the first mark; until then all empty ones are the same object.
+    """
+
+    bitmap: bytes | bytearray
+    sequence: int
+    slot: int
+    alone: bool  # the other slot holds nothing valid
+    torn: bool  # no, it holds a page that fails its checksum
+    reserved: bool  # both slots have their space: writing the map will not meet a full disk
+
+
+class DeltaMap:
+    """The map of a delta, loaded by segments. Loading is for any thread, writing for the one that flushes.
+
+    ``lock`` guards the bitmaps and ``dirty``: the segments that have marks which no flush has noted.
+    """
+
+    def __init__(self, path: Path, fd: int, delta_id: bytes, fs: FileSystem) -> None:
+        self.lock = threading.Lock()
+        self.dirty: set[int] = set()
+        self.unmirrored: set[int] = set()  # whose other slot is not the same
+        self.torn: set[int] = set()  # whose other slot is to be wiped before it is written
+        self.lost_page = False  # a durable page had rotted: the next flush must not put off writing it
+        self.damaged_pages: list[str] = []  # slots that failed their checksum; the other slot served
+        self.segments: dict[int, Segment] = {}
+        self._path = path
+        self._fd = fd
+        self._id = delta_id
+        self._fs = fs
+
+    # Loading
+
+    def load(self, segment: int, nowait: bool) -> Segment:
+        """The map of a segment. Raises CorruptDelta; BlockingIOError if ``nowait`` and it is not in memory."""
+        state = self.segments.get(segment)
+        if state is None:
+            state = self._read(segment, nowait)
+            # Two threads may have read it at once: one of the results becomes the segment's for both.
+            state = self.segments.setdefault(segment, state)
+            if state.torn:
+                with self.lock:
+                    self.torn.add(segment)
+        return state
+
+    def _read(self, segment: int, nowait: bool) -> Segment:
+        start = segment * SEGMENT_SPAN
+        pages = [read_page(self._fs, self._fd, start + slot, nowait) for slot in MAP_SLOTS]
+        read = [decode_map_page(page, segment, self._id) for page in pages]
+        for slot, (page, decoded) in enumerate(zip(pages, read, strict=True)):
+            if decoded is None and page != EMPTY_PAGE:
+                self._note_damage(segment, slot)
+        valid = [(decoded[0], slot, decoded[1]) for slot, decoded in enumerate(read) if decoded is not None]
+        if valid:
+            sequence, slot, bitmap = max(valid)
+            if read[0] != read[1]:
+                with self.lock:
+                    self.unmirrored.add(segment)
+            # A slot of zeros may be a hole: a copy of the file need not have what was reserved.
+            alone = len(valid) == 1
+            torn = alone and EMPTY_PAGE not in pages
+            return Segment(bitmap, sequence, slot, alone, torn, reserved=EMPTY_PAGE not in pages)
+        # Both slots empty: never written. One empty and one torn: its first write was cut off before it was durable.
+        # Neither empty: something that was durable is gone.
+        if EMPTY_PAGE not in pages:
+            raise CorruptDelta(str(self._path), f"both copies of the map page of segment {segment} fail their checksum")
+        slot = 1 if pages[1] == EMPTY_PAGE else 0
+        torn = pages[1 - slot] != EMPTY_PAGE
+        return Segment(EMPTY_BITMAP, sequence=0, slot=slot, alone=True, torn=torn, reserved=False)
+
+    def _note_damage(self, segment: int, slot: int) -> None:
+        what = f"map page of segment {segment}, slot {'AB'[slot]}"
+        if what not in self.damaged_pages:
+            self.damaged_pages.append(what)
+            logger.warning("%s: the %s fails its checksum; the other slot serves", self._path, what)
+
+    # Writing
+
+    def note(self) -> dict[int, bytes]:
+        """The map as it is now, of the segments that have new marks; to be called with the lock."""
+        noted = {segment: bytes(self.segments[segment].bitmap) for segment in self.dirty}
+        self.dirty.clear()
+        self.lost_page = False
+        return noted
+
+    def wipe(self) -> set[int]:
+        """Put zeros over the pages that fail their checksum, for the next sync to cover. Which segments' it was.
+
+        A page that a crash tore has sectors of a newer map, whose blocks have been read from below since. If another
+        page were written over it at once, and torn by the next crash, the newer map could come together after all.
+        Zeros cannot do that: a map only gains bits, so what a torn page has not got of the newer one is not zeros.
+        """
+        with self.lock:
+            torn = set(self.torn)
+        for segment in torn:
+            slot = 1 - self.segments[segment].slot
+            self._fs.pwrite_all(self._fd, EMPTY_PAGE, segment * SEGMENT_SPAN + MAP_SLOTS[slot])
+        return torn
+
+    def wiped(self, segments: Collection[int]) -> None:
+        """The zeros are durable."""
+        for segment in segments:
+            self.segments[segment].torn = False
+        with self.lock:
+            self.torn.difference_update(segments)
+
+    def write(self, noted: Mapping[int, bytes]) -> None:
+        """Write pages with these bitmaps, each to the slot that is not the newest, for the next sync to cover."""
+        for segment, bitmap in noted.items():
+            state = self.segments[segment]
+            page = encode_map_page(segment, state.sequence + 1, self._id, bitmap)
+            self._fs.pwrite_all(self._fd, page, segment * SEGMENT_SPAN + MAP_SLOTS[1 - state.slot])
+
+    def written(self, noted: Mapping[int, bytes]) -> set[int]:
+        """They are durable, and so the newest. Returns the segments whose other slot holds nothing valid."""
+        alone = set()
+        for segment in noted:
+            state = self.segments[segment]
+            state.sequence += 1
+            state.slot = 1 - state.slot
+            if state.alone:
+                alone.add(segment)
+        with self.lock:
+            self.unmirrored |= noted.keys()
+        return alone
+
+    def mirror(self, segments: Collection[int]) -> None:
+        """Copy pages to their other slots, for a later sync to cover. Raises OSError.
+
+        A power cut that tears a copy leaves the newest durable page, which is never written over: a new page always
+        goes to the other slot.
+        """
+        for segment in segments:
+            state = self.segments.get(segment)
+            # Being loaded by another thread; or to be written anyway; or to be wiped first, by the next flush.
+            if state is None or segment in self.dirty or state.torn:
+                continue
+            start = segment * SEGMENT_SPAN
+            page = read_page(self._fs, self._fd, start + MAP_SLOTS[state.slot], nowait=False)
+            read = decode_map_page(page, segment, self._id)
+            if read is None or read[0] != state.sequence:
+                # It rotted since it was written. Never over the good one: the next flush writes the map, which is in
+                # memory, over this one.
+                self._note_damage(segment, state.slot)
+                with self.lock:
+                    state.slot = 1 - state.slot
+                    self.dirty.add(segment)
+                    self.lost_page = True
+                continue
+            self._fs.pwrite_all(self._fd, page, start + MAP_SLOTS[1 - state.slot])
+            state.alone = False
+            with self.lock:
+                self.unmirrored.discard(segment)
