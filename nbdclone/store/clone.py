@@ -363,7 +363,10 @@ class Clone:
         count = length >> BLOCK_SHIFT
         if delta.young and (count > 1 or offset >> BLOCK_SHIFT in delta.young):
             self._settle(offset >> BLOCK_SHIFT, count, nowait)
-        fresh = owners.count(self._top, first, first + count) != count
+        if count == 1:
+            fresh = owners[first] != self._top
+        else:
+            fresh = owners.count(self._top, first, first + count) != count
         if fresh:
             delta.reserve(segment, nowait)
         # Also where the block is ours: it may be a hole.
@@ -481,7 +484,10 @@ class Clone:
         owners = self._owners[segment]
         if not isinstance(owners, bytearray):
             owners = self._owners[segment] = bytearray(owners)
-        owners[first:end] = uniform(self._top)[: end - first]
+        if end - first == 1:
+            owners[first] = self._top
+        else:
+            owners[first:end] = uniform(self._top)[: end - first]
 
     def _writable(self) -> Delta:
         if self._delta is None:

@@ -216,19 +216,22 @@ class Delta:
                 self.quota.take(segment * SEGMENT_SPAN + slot, PAGE_SIZE, nowait)
                 self._fs.allocate(self.fd, segment * SEGMENT_SPAN + slot, PAGE_SIZE)
             state.reserved = True
-        self._live.reserve()
+        if self._live.room <= 0:
+            self._live.reserve()
 
     def mark(self, segment: int, first: int, last: int) -> None:
         """Note that blocks ``first`` to ``last`` of the segment are this delta's: their bytes are in the file already.
 
         The space for the map was taken before, by :meth:`reserve`.
         """
-        state = self._map.load(segment, nowait=False)
+        state = self._map.segments.get(segment) or self._map.load(segment, nowait=False)
         with self._lock:
-            if not isinstance(state.bitmap, bytearray):
-                state.bitmap = bytearray(state.bitmap)
-            self._young.add(segment, first, last, state.bitmap)
-            _set_bits(state.bitmap, first, last)
+            bitmap = state.bitmap
+            if not isinstance(bitmap, bytearray):
+                bitmap = state.bitmap = bytearray(bitmap)
+            if self._young.counts:
+                self._young.add(segment, first, last, bitmap)
+            _set_bits(bitmap, first, last)
             self._map.dirty.add(segment)
         self._live.note(segment * BLOCKS_PER_SEGMENT + first, last - first + 1)
 
@@ -421,6 +424,9 @@ class Delta:
 
 def _set_bits(bitmap: bytearray, first: int, last: int) -> None:
     """Set bits ``first`` to ``last``; bit 0 is the most significant of byte 0."""
+    if first == last:
+        bitmap[first >> 3] |= 0x80 >> (first & 7)
+        return
     low, high = first >> 3, last >> 3
     head = 0xFF >> (first & 7)
     tail = 0xFF << (7 - (last & 7)) & 0xFF

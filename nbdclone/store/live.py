@@ -27,6 +27,7 @@ import contextlib
 import errno
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,7 +70,8 @@ class LiveMap:
         self._pending: list[int] = []  # marks that are not written yet
         self._written = 0  # how many are, since this file was opened
         self._end = MARKS_AT  # where the next go
-        self._room = 0  # up to where there is space for them
+        self._space = 0  # up to where there is space for them
+        self.room = 0  # how many may be noted before ``reserve`` is to be called
         self._lock = threading.RLock()
 
     def inherit(self) -> Iterator[tuple[int, int]]:
@@ -108,28 +110,31 @@ class LiveMap:
                 yield mark
 
     def reserve(self) -> None:
-        """Take the space for one more mark, so that noting it meets no full disk.
+        """Take the space for more marks when there is no ``room``, so that noting one meets no full disk.
 
         Raises OSError. Where there can be no such file at all, that is logged, and the clone goes on without.
         """
-        needed = self._end + (len(self._pending) + 2) * MARK_SIZE  # zeros follow the last
-        if needed <= self._room or self._broken:
+        if self._broken:
+            self.room = sys.maxsize
             return
-        try:
-            with self._lock:
+        with self._lock:
+            needed = self._end + (len(self._pending) + 2) * MARK_SIZE  # zeros follow the last
+            try:
                 fd = self._opened()
-            page = max(self._room, self._end - self._end % PAGE_SIZE)
-            while page < needed:
-                self._fs.allocate(fd, page, PAGE_SIZE)
-                page += PAGE_SIZE
-            self._room = page
-        except OSError as error:
-            if error.errno not in _NOT_HERE:
-                raise
-            self._give_up(error)
+                page = max(self._space, self._end - self._end % PAGE_SIZE)
+                while page < needed:
+                    self._fs.allocate(fd, page, PAGE_SIZE)
+                    page += PAGE_SIZE
+                self._space = page
+                self.room = 1 + (page - needed) // MARK_SIZE
+            except OSError as error:
+                if error.errno not in _NOT_HERE:
+                    raise
+                self._give_up(error)
 
     def note(self, block: int, count: int) -> None:
         """Note that these blocks were marked; :meth:`write` is to be called before that is acknowledged."""
+        self.room -= 1
         self._pending.append(block << COUNT_BITS | count)
 
     def write(self) -> None:
@@ -215,6 +220,7 @@ class LiveMap:
         logger.error("%s: %s: until the clone is opened again, a kill would take what is not flushed", self.path, error)
         with self._lock:
             self._broken = True
+            self.room = sys.maxsize
             self.discard()
 
     def _head(self, fd: int, *, failed: bool) -> bytes:

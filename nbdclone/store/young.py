@@ -40,14 +40,12 @@ class Young:
         self._witnessed = _NONE
         # The next flush takes two syncs: for it has too many blocks, or blocks that are not known here; or for one that
         # was changed.
-        self._uncounted = False
+        self.counts = True
         self._rewritten = False
         self._spoilt = False  # one that is noted was changed
 
     def add(self, segment: int, first: int, last: int, bitmap: bytes | bytearray) -> None:
         """Blocks ``first`` to ``last`` of the segment are about to be set in its bitmap."""
-        if self._uncounted:
-            return
         if len(self._fresh) + last - first >= self._limit:
             self.lose_count()
             return
@@ -61,7 +59,7 @@ class Young:
         """The map has new blocks that are not told here, or not one by one: the next flush takes two syncs."""
         self.blocks -= self._fresh
         self._fresh = set()
-        self._uncounted = True
+        self.counts = False
 
     def change(self, first: int, count: int) -> bool:
         """Blocks [first, first + count) of the disk are about to be changed. True: they have to wait, see above."""
@@ -76,13 +74,14 @@ class Young:
 
     def note(self, journaling: bool) -> frozenset[int]:
         """A flush begins, and notes the map as it is: the blocks that it is to write a record of. None: two syncs."""
-        if self._uncounted or self._rewritten or not journaling:
+        if not self.counts or self._rewritten or not journaling:
             self.blocks -= self._fresh
             self._noted = _NONE
         else:
             self._noted = frozenset(self._fresh)
         self._fresh = set()
-        self._uncounted = self._rewritten = self._spoilt = False
+        self._rewritten = self._spoilt = False
+        self.counts = True
         return self._noted
 
     def synced(self, recorded: bool) -> bool:

@@ -179,7 +179,7 @@ MUTATIONS = {
     ),
     "the pages are put off without a record": Mutation(Young, "synced", "recorded and ", ""),
     "the place of the last record is used again": Mutation(Journal, "written", "1 - self._turn", "self._turn"),
-    "marks that are not counted are put off": Mutation(Young, "lose_count", "self._uncounted = True", "pass"),
+    "marks that are not counted are put off": Mutation(Young, "lose_count", "self.counts = False", "pass"),
     "a flush that failed leaves its blocks to no record": Mutation(Young, "fail", "self.lose_count()", "pass"),
     "records are wiped before the map is written": Mutation(
         Delta,
