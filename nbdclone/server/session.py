@@ -80,6 +80,9 @@ logger = logging.getLogger("nbdclone")
 GATHERED_READ = 64 << 10
 # More than this is copied in a thread: a millisecond of copying on the loop is a millisecond for everybody.
 MAX_INLINE = 1 << 20
+# So many short reads that have to wait for the disk are one job for a thread: handing over a job and its outcome costs
+# more than the read. They are on their way to the disk together; the first waits for the last.
+MAX_TOGETHER = 4
 # How much of one CACHE is taken: reading ahead of that, the first of it may have gone again when the client comes.
 MAX_PREFETCH = 64 << 20
 # How much is made zeros in one step: all that one request with compact headers can ask for. After each step the other
@@ -166,6 +169,7 @@ class Session:
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
         self._in_flight = 0  # requests that threads work on
         self._flushing: list[Cookie] = []  # flushes of this turn
+        self._cold: list[tuple[int, Cookie, int, int]] = []  # short reads of this turn that are not in memory
         self._reading = 0  # bytes of replies that threads make
         self._held_writes = 0  # bytes of payload that threads write, or will
         self._going_on: asyncio.Handle | None = None  # when others had their turn
@@ -283,6 +287,8 @@ class Session:
         if cookies := self._flushing:
             self._flushing = []
             self._export.flush(partial(self._flushed, cookies))
+        if self._cold:
+            self._read_cold()
         self._output.push()
         if self._full():
             self._input.stop()
@@ -353,8 +359,8 @@ class Session:
         self._waiting.append((size, partial(self._tell_status, cookie, offset, length, contexts, one, size)))
         self._start_waiting()
 
-    def _read(self, flags: int, cookie: Cookie, offset: int, length: int) -> None:
-        """Answer a read, on the spot if it is short or in memory."""
+    def _read(self, flags: int, cookie: Cookie, offset: int, length: int, data: bytearray | None = None) -> None:
+        """Answer a read, on the spot if it is in memory. ``data``: what a short one has found on the disk meanwhile."""
         header = self._read_header
         if length > GATHERED_READ:
             self._read_large(flags, cookie, offset, length)
@@ -363,9 +369,15 @@ class Session:
         at = output.reserve(header + length)
         view = output.view[at + header : at + header + length]
         try:
-            self._clone.read_into_nowait(view, offset)
+            if data is None:
+                self._clone.read_into_nowait(view, offset)
+            else:
+                view[:] = data
         except BlockingIOError:
-            self._read_in_thread(flags, cookie, offset, length)
+            self._in_flight += 1
+            self._reading += length
+            self._account.take(length)
+            self._cold.append((flags, cookie, offset, length))
         except (OSError, NBDCloneError) as error:
             self._fail(cookie, error)
         else:
@@ -387,6 +399,37 @@ class Session:
                     offset,
                 )
             output.filled = at + header + length
+
+    def _read_cold(self) -> None:
+        """Let threads read what this turn did not find in memory."""
+        cold, self._cold = self._cold, []
+        for start in range(0, len(cold), MAX_TOGETHER):
+            self._read_together(cold[start : start + MAX_TOGETHER])
+        for _flags, _cookie, offset, length in cold:
+            if ahead := self._readahead.note_cold(offset, length):
+                self._read_ahead(ahead)
+
+    def _read_together(self, reads: list[tuple[int, Cookie, int, int]]) -> None:
+        clone = self._clone
+        work = partial(clone.read_all, [(offset, length) for _flags, _cookie, offset, length in reads])
+
+        def done(results: list[bytearray | Exception] | None, error: BaseException | None) -> None:
+            for index, (flags, cookie, offset, length) in enumerate(reads):
+                self._forget_cold(length)
+                result = error if results is None else results[index]
+                if not isinstance(result, bytearray):
+                    assert result is not None
+                    self._fail(cookie, result)
+                elif not self._lost:
+                    self._read(flags, cookie, offset, length, result)
+            self._on_room()
+
+        self._scratch.offload.submit(work, done, self._export)
+
+    def _forget_cold(self, length: int) -> None:
+        self._in_flight -= 1
+        self._reading -= length
+        self._account.give(length)
 
     def _read_large(self, flags: int, cookie: Cookie, offset: int, length: int) -> None:
         if length > MAX_INLINE:
@@ -637,6 +680,8 @@ class Session:
     def _resume(self) -> None:
         """Go on with what waited for room, as far as there is some."""
         self._start_waiting()
+        if self._cold:
+            self._read_cold()
         self._output.push()
         if not (self._draining or self._lost or self._full()):
             self._input.start()
@@ -665,6 +710,9 @@ class Session:
         if self._export.throttle is not None:
             self._export.throttle.leave(self)
         self._waiting.clear()
+        cold, self._cold = self._cold, []
+        for _flags, _cookie, _offset, length in cold:
+            self._forget_cold(length)
         self._input.close()
         self._output.close()
         self._check_over()

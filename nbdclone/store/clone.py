@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from types import TracebackType
 
-from nbdclone.errors import UsageError
+from nbdclone.errors import NBDCloneError, UsageError
 from nbdclone.store.delta import Delta
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem, data_and_holes
 from nbdclone.store.layer import (
@@ -105,6 +105,25 @@ class Clone:
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` from ``offset``; the range must be inside the disk. Raises OSError."""
         self._read(view, offset, nowait=False)
+
+    def read_all(self, ranges: Sequence[tuple[int, int]]) -> list[bytearray | Exception]:
+        """Read some short ranges, (offset, length) inside the disk, that are on their way together: data or error of
+        each.
+        """
+        if len(ranges) > 1:
+            with contextlib.suppress(OSError, NBDCloneError):
+                for offset, length in ranges:
+                    self.prefetch(offset, length)
+        found: list[bytearray | Exception] = []
+        for offset, length in ranges:
+            data = bytearray(length)
+            try:
+                self._read(memoryview(data), offset, nowait=False)
+            except (OSError, NBDCloneError) as error:
+                found.append(error)
+            else:
+                found.append(data)
+        return found
 
     def read_into_nowait(self, view: memoryview, offset: int) -> None:
         """The same without waiting for a disk. Raises BlockingIOError where it would."""

@@ -11,8 +11,18 @@ from pathlib import Path
 import pytest
 from serving import BASE, BASE_SIZE, MIB, Disk, Peer, connect, make_pool, serving, until
 
-from nbdclone.protocol.wire import CMD_DISC, CMD_FLAG_FUA, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES
+from nbdclone.protocol.wire import (
+    CMD_DISC,
+    CMD_FLAG_FUA,
+    CMD_FLUSH,
+    CMD_READ,
+    CMD_TRIM,
+    CMD_WRITE,
+    CMD_WRITE_ZEROES,
+    EIO,
+)
 from nbdclone.server import export
+from nbdclone.server.session import MAX_TOGETHER
 from nbdclone.store.layer import BLOCK_SIZE
 from nbdclone.store.pool import Pool
 
@@ -35,7 +45,7 @@ async def test_a_cold_read_holds_back_no_other(pool: Pool, disk: Disk) -> None:
         disk.cold = range(BLOCK_SIZE)
         disk.reads.close()
         await peer.send(*[peer.request(CMD_READ, 0, 512, cookie=cookie) for cookie in range(3)])
-        await until(lambda: disk.reads.waiting == 3)
+        await until(lambda: disk.reads.waiting == 1)  # short ones that come together are one job
         for cookie in range(10, 20):  # the connection's own
             assert (await peer.run(CMD_READ, 8192, 512, cookie=cookie)).data == BASE[8192:8704]
         assert await other.pread(512, 4096) == BASE[4096:4608]
@@ -50,6 +60,42 @@ async def test_cold_reads_of_every_size_are_right(pool: Pool, disk: Disk) -> Non
     async with serving(pool) as server, await connect(server, "web1") as client:
         for length in (1, 512, 4096, 65536, 65537, MIB, 3 * MIB):
             assert await client.pread(length, 100) == BASE[100 : 100 + length]
+
+
+async def test_short_cold_reads_of_a_turn_go_to_threads_some_at_a_time_and_fail_alone(pool: Pool, disk: Disk) -> None:
+    disk.cold = range(BASE_SIZE)
+    async with serving(pool) as server, await Peer.open(server, "web1") as peer:
+        disk.reads.close()
+        reads = [peer.request(CMD_READ, 4096 * n, 512, cookie=n) for n in range(3 * MAX_TOGETHER)]
+        await peer.send(*reads)
+        await until(lambda: disk.reads.waiting == 3)
+        disk.reads.open()
+        replies = await peer.replies(len(reads))
+        assert {n: reply.data for n, reply in replies.items()} == {
+            n: BASE[4096 * n : 4096 * n + 512] for n in range(len(reads))
+        }
+        disk.broken = range(4096, 8192)
+        await peer.send(*[peer.request(CMD_READ, 4096 * n, 512, cookie=n) for n in range(3)])
+        replies = await peer.replies(3)
+        assert [replies[n].error for n in range(3)] == [0, EIO, 0]
+        assert replies[2].data == BASE[8192:8704]
+
+
+async def test_a_connection_that_goes_with_cold_reads_unbegun_or_under_way_leaves_nothing(
+    pool: Pool, disk: Disk
+) -> None:
+    disk.cold = range(BASE_SIZE)
+    async with serving(pool) as server:
+        for ending in (b"garbage" * 10, b""):
+            peer = await Peer.open(server, "web1")
+            disk.reads.close()
+            await peer.send(*[peer.request(CMD_READ, 4096 * n, 512, cookie=n) for n in range(20)], ending)
+            if not ending:
+                await until(lambda: disk.reads.waiting == 5)
+            peer.close()
+            disk.reads.open()
+        await until(lambda: not server._connections)
+        assert server.scratch.budget.used == 0
 
 
 async def test_where_nobody_can_say_what_is_in_memory_everything_is_read_right(pool: Pool, disk: Disk) -> None:
