@@ -20,7 +20,7 @@ from nbdclone.client import Address, Client
 from nbdclone.errors import ConnectionFailed, LocalProtocolError, RemoteProtocolError, ServerRefused, UsageError
 from nbdclone.protocol import wire
 from nbdclone.protocol.handshake import Aborted, ListExports, OpenExport, ServerHandshake
-from nbdclone.protocol.requests import Request, request_layout
+from nbdclone.protocol.requests import MAX_BURST, Request, request_layout
 from nbdclone.protocol.transmission import (
     error_chunk,
     none_chunk,
@@ -115,6 +115,9 @@ class FakeServer:
                 await writer.drain()
             if self.stop_reading is not None:
                 await self.stop_reading.wait()
+            if len(requests) == MAX_BURST:  # there may be more of them
+                buffer = buffer[taken:]
+                continue
             more = await reader.read(1 << 20)
             if not more:
                 return
