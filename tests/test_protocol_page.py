@@ -54,6 +54,7 @@ MODULES = {
 # the event loop does in one go.
 NO_LIMITS = {
     "session.MAX_INLINE",
+    "session.MAX_TOGETHER",
     "input.MAX_RECEIVES",
     "offload.MAX_THREADS",
     "client.MAX_PIECE",
