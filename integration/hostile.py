@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from integration.bench.measure import memory_mb
+from integration.bench.processes import memory_mb
 from integration.served import ENVIRONMENT, REPOSITORY, Served, make_pool, served
 from nbdclone.client import Client
 from nbdclone.protocol import wire

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from integration.bench.measure import memory_mb
+from integration.bench.processes import memory_mb
 from integration.hostile import ATTACKS, feel_beside, target
 from integration.served import Served
 
