@@ -115,6 +115,9 @@ class Peer(ABC):
         """Where a server that goes to the background by itself says which process it is."""
         return None
 
+    def settle(self, uris: Sequence[str]) -> None:  # noqa: B027 - most have nothing to do
+        """Let the servers do what they do once after their start, and not while they are measured."""
+
     @contextlib.contextmanager
     def serving(self, directory: Path, workload: Workload) -> Iterator[Running]:
         """Serve fresh clones, as many as the workload wants, or the chain. Raises PeerFailed."""
@@ -125,10 +128,11 @@ class Peer(ABC):
         try:
             with contextlib.ExitStack() as stack:
                 servers = [stack.enter_context(self._server(directory, group, workload)) for group in groups]
-                yield Running(
-                    [pid for pid, _ in servers],
-                    [place.uri(export) for (_, place), group in zip(servers, groups, strict=True) for export in group],
-                )
+                uris = [
+                    place.uri(export) for (_, place), group in zip(servers, groups, strict=True) for export in group
+                ]
+                self.settle(uris)
+                yield Running([pid for pid, _ in servers], uris)
         finally:
             if workload.state != "chain":
                 self.discard(exports)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from integration.packages import program
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHAIN = "chain"
+
+
+# A worker has started in 0.2 s of processor time.
+SETTLE_S = 0.6
 
 
 class Nbdclone(Peer):
@@ -38,6 +43,12 @@ class Nbdclone(Peer):
     @property
     def image(self) -> Path:
         return self._pool / "bases" / "base" / "image"
+
+    def settle(self, uris: Sequence[str]) -> None:
+        """The first client of an export lets the server start one more process, which takes a part of a second."""
+        for uri in uris:
+            subprocess.run([program("nbdinfo"), "--size", uri], capture_output=True, check=False)
+        time.sleep(SETTLE_S)
 
     def lacks(self, workload: Workload) -> str:
         return "" if workload.state != CHAIN or self._has_snapshots() else super().lacks(workload)

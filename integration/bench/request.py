@@ -25,10 +25,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 from integration.bench.machine import make_random_image
 from integration.bench.peers import REPOSITORY, Nbdclone
-from integration.bench.processes import TICKS_PER_SECOND
+from integration.bench.processes import TICKS_PER_SECOND, process_tree
+from integration.bench.workloads import WORKLOADS
 from nbdclone.protocol.client_handshake import ClientHandshake
 from nbdclone.protocol.wire import CMD_READ, CMD_WRITE, REQUEST, REQUEST_MAGIC, SIMPLE_REPLY, Mode
 
@@ -109,10 +111,10 @@ class Sender:
 
 
 def spent(pid: int) -> tuple[float, float, int]:
-    """User and system time in microseconds, and minor faults, of a process so far (man 5 proc)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    tick_us = 1e6 / TICKS_PER_SECOND
-    return int(fields[11]) * tick_us, int(fields[12]) * tick_us, int(fields[7])
+    """User and system time in microseconds, and minor faults, of a server with its workers so far (man 5 proc)."""
+    all_fields = [Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split() for process in process_tree(pid)]
+    user, system, faults = (sum(int(fields[index]) for fields in all_fields) for index in (11, 12, 7))
+    return user * 1e6 / TICKS_PER_SECOND, system * 1e6 / TICKS_PER_SECOND, faults
 
 
 def measure(pid: int, sender: Sender, kind: Kind, seconds: float) -> Cost:
@@ -131,7 +133,8 @@ def measure(pid: int, sender: Sender, kind: Kind, seconds: float) -> Cost:
 def count_system_calls(pid: int, sender: Sender, kind: Kind) -> dict[str, float]:
     """System calls of each name for one request."""
     choice = random.Random(2)
-    strace = subprocess.Popen(["strace", "-f", "-c", "-p", str(pid)], stderr=subprocess.PIPE, text=True)
+    processes = [argument for process in process_tree(pid) for argument in ("-p", str(process))]
+    strace = subprocess.Popen(["strace", "-f", "-c", *processes], stderr=subprocess.PIPE, text=True)
     try:
         time.sleep(0.5)  # it attaches; what the server does meanwhile is nothing
         for _ in range(TRACED_BATCHES):
@@ -144,19 +147,20 @@ def count_system_calls(pid: int, sender: Sender, kind: Kind) -> dict[str, float]
 
 
 @contextlib.contextmanager
-def served(tree: Path, base: Path, directory: Path, arguments: list[str]) -> Iterator[tuple[int, Sender]]:
+def served(tree: Path, base: Path, directory: Path) -> Iterator[tuple[int, Sender]]:
     peer = Nbdclone(tree)
     directory.mkdir()
-    peer.prepare(base, directory)
+    peer.prepare(base, directory, directory)
     clone = directory / "clone"
     clone.mkdir()
-    with peer.serving(clone) as server:
-        sender = Sender(Path(server.uri.partition("socket=")[2]), peer.export)
+    with peer.serving(clone, WORKLOADS[0]) as server:
+        uri = urlsplit(server.uris[0])
+        sender = Sender(Path(parse_qs(uri.query)["socket"][0]), uri.path.lstrip("/"))
         # What is rewritten is the clone's; what is read is in the page cache.
         for place in range(0, SIZE // 8, 256 << 10):
             sender.run(Kind("", CMD_WRITE, 256 << 10, 1), _At(place >> 18))
         try:
-            yield server.pid, sender
+            yield server.pids[0], sender
         finally:
             sender.close()
 
@@ -185,7 +189,7 @@ def main() -> None:
         directory = Path(name)
         make_random_image(directory / "base.raw", SIZE)
         servers = [
-            stack.enter_context(served(tree, directory / "base.raw", directory / f"tree-{number}", []))
+            stack.enter_context(served(tree, directory / "base.raw", directory / f"tree-{number}"))
             for number, tree in enumerate(trees)
         ]
         print("| request | tree | µs | in Python | in the kernel | page faults | system calls |")
