@@ -330,7 +330,7 @@ class Campaign:
             offset, length = self._rng.choice(self._places[-4:])
             if self._rng.random() < 0.5:
                 return offset, length
-            return offset, self._rng.choice([1, 100, length])
+            return offset, self._rng.choice([1, min(100, length), length])
         if self._rng.random() < 0.7:
             offset -= (offset - start) % BLOCK_SIZE
         length = self._rng.choice([100, SECTOR, BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE, BLOCK_SIZE + SECTOR])
