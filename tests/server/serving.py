@@ -123,13 +123,13 @@ class Gate:
 class Disk(Hasty):
     """A file system whose disk can be slow, full, or broken.
 
-    ``cold`` is what is not in memory, by its place in the file, ``broken`` what cannot be read; without
+    ``cold`` is what is not in memory, by its place in the file, ``unreadable`` what cannot be read; without
     ``knows_nowait`` nobody can say. The gates hold threads only: what happens on the event loop's own thread must never
     come to one, and fails if it does.
     """
 
     def __init__(self) -> None:
-        self.cold = self.broken = range(0)
+        self.cold = self.unreadable = range(0)
         self.knows_nowait = True
         self.reads, self.writes, self.syncs = Gate(), Gate(), Gate()
         self.read_error = self.write_error = self.sync_error = self.punch_error = 0
@@ -142,7 +142,7 @@ class Disk(Hasty):
             if flags & self.NOWAIT:
                 raise BlockingIOError(errno.EAGAIN, "cold")
             self._wait(self.reads)
-        self._fail(errno.EIO if offset in self.broken else self.read_error)
+        self._fail(errno.EIO if offset in self.unreadable else self.read_error)
         return os.preadv(fd, buffers, offset, flags)
 
     def pwrite(self, fd: int, data: Any, offset: int) -> int:

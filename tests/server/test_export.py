@@ -74,7 +74,7 @@ async def test_short_cold_reads_of_a_turn_go_to_threads_some_at_a_time_and_fail_
         assert {n: reply.data for n, reply in replies.items()} == {
             n: BASE[4096 * n : 4096 * n + 512] for n in range(len(reads))
         }
-        disk.broken = range(4096, 8192)
+        disk.unreadable = range(4096, 8192)
         await peer.send(*[peer.request(CMD_READ, 4096 * n, 512, cookie=n) for n in range(3)])
         replies = await peer.replies(3)
         assert [replies[n].error for n in range(3)] == [0, EIO, 0]
