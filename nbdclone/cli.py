@@ -48,9 +48,6 @@ app = typer.Typer(
 WANTED_FILES = 65536
 # A moment that is longer keeps a processor from others for more than a disk takes.
 MAX_BUSY_POLL_US = 1000
-# How long a thread that reads from a disk waits for the interpreter while the event loop has it. The usual 5 ms,
-# several times for each read, are more than most disks take.
-SWITCH_INTERVAL_S = 0.0005
 _SIZE = re.compile(r"(\d+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -396,7 +393,7 @@ def serve(
 
     from nbdclone.server.admission import MAX_CONNECTIONS
     from nbdclone.server.busy import DEFAULT_LIMIT_US
-    from nbdclone.server.host import Options
+    from nbdclone.server.host import SWITCH_INTERVAL_S, Options
     from nbdclone.server.limits import Limit
     from nbdclone.server.listen import parse_address
     from nbdclone.server.server import Server

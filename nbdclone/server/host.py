@@ -34,6 +34,9 @@ DRAIN_S = 5.0
 # Reads of more than a MiB that are made at once. More would only wait for each other: for memory that the kernel has to
 # clear, or for a disk that is busy with one of them.
 BULK_THREADS = 4
+# How long a thread that reads from a disk waits for the interpreter while the event loop has it. The usual 5 ms,
+# several times for each read, are more than most disks take. For programs that do nothing but serve.
+SWITCH_INTERVAL_S = 0.0005
 # A TCP client that vanished without a word is noticed after about this many seconds.
 KEEPALIVE_S = 60
 

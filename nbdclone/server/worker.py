@@ -14,6 +14,7 @@ import asyncio
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from nbdclone.errors import NBDCloneError
 from nbdclone.server.channel import Channel, Message
 from nbdclone.server.connection import Elsewhere
 from nbdclone.server.export import Export, Exports
-from nbdclone.server.host import Host, Options
+from nbdclone.server.host import SWITCH_INTERVAL_S, Host, Options
 from nbdclone.server.peer import Peer
 from nbdclone.server.settings import parse_settings
 from nbdclone.server.tls import ServerTLS
@@ -179,6 +180,7 @@ def main() -> None:
     parser.add_argument("--pool", type=Path, required=True)
     parser.add_argument("--channel", type=int, required=True)
     given = parser.parse_args()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_run(given.pool, given.channel))
 
