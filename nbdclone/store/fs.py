@@ -278,9 +278,9 @@ class FileSystem:
         ``what`` begins the message: "clone 'web1'". The lock goes when the descriptor is closed or its process dies.
         """
         try:
-            locks.take(fd, shared=shared)
-        except BlockingIOError:
-            raise InUse(f"{what} is in use by {locks.holder(fd)} ({path})") from None
+            locks.take_after_the_dying(fd, shared=shared)
+        except BlockingIOError as error:
+            raise InUse(f"{what} is in use by {error.strerror} ({path})") from None
         except OSError as error:
             raise locks.no_locks(error, path) or error from None
 

@@ -17,8 +17,10 @@ import errno
 import fcntl
 import os
 import re
+import signal
 import stat
 import struct
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +33,12 @@ _RECORD = struct.Struct("@hhqqi4x")
 _CONFLICT = frozenset((errno.EAGAIN, errno.EACCES))
 # The file system, or its server, gives no locks (NFS 3 without rpc.statd, Lustre without -o flock).
 _NO_LOCKS = frozenset((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP))
+
+# How long a lock is waited for that a killed process still holds: its threads end with their last sync.
+DYING_S = 10.0
+# And one that nobody has when it is looked who does: it was let go of meanwhile, or another machine has it.
+LET_GO_S = 0.1
+RETRY_S = 0.005
 
 _NFS = frozenset(("nfs", "nfs4"))
 _CLUSTER = frozenset(("ceph", "gfs2", "glusterfs", "gpfs", "lustre", "ocfs2"))
@@ -113,12 +121,41 @@ def _is_delegated(fd: int) -> bool:
     return (status.st_dev, status.st_ino) in _lock_table(("DELEG", "LEASE"))
 
 
-def holder(fd: int) -> str:
-    """Who has the lock on this file that was refused, in words."""
+def take_after_the_dying(fd: int, *, shared: bool = False) -> None:
+    """Take both locks, as ``take`` does; from a process that was killed, once its last system call has ended.
+
+    Raises BlockingIOError, whose text says in words who has it, OSError.
+    """
+    began = time.monotonic()
+    while True:
+        try:
+            return take(fd, shared=shared)
+        except BlockingIOError:
+            status = os.fstat(fd)
+            pid = holders().get((status.st_dev, status.st_ino))
+            if pid is None:
+                patience, words = LET_GO_S, _holder_unseen(fd)
+            else:
+                patience, words = DYING_S if _is_dying(pid) else 0.0, describe_process(pid)
+            if time.monotonic() - began >= patience:
+                raise BlockingIOError(errno.EAGAIN, words) from None
+        time.sleep(RETRY_S)
+
+
+def _is_dying(pid: int) -> bool:
+    """Was that process killed, or is it half gone: one thread has ended, and another still waits for the disk?"""
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+            said = dict(line.split(":", 1) for line in file)
+    except OSError:
+        return pid > 0  # gone since
+    pending = int(said["SigPnd"], 16) | int(said["ShdPnd"], 16)
+    return said["State"].split()[0] in "ZX" or bool(pending >> signal.SIGKILL - 1 & 1)
+
+
+def _holder_unseen(fd: int) -> str:
+    """Who has the lock on this file, in words, if no process that /proc/locks tells of has it."""
     status = os.fstat(fd)
-    pid = holders().get((status.st_dev, status.st_ino))
-    if pid is not None:
-        return describe_process(pid)
     mount = mount_of(status.st_dev)
     if mount is not None and mount.is_shared:
         return "a process on another machine, or in another container"

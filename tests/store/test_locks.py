@@ -91,6 +91,45 @@ def test_the_lock_of_a_killed_process_is_gone(pool: Pool) -> None:
     pool.open_clone("web1").close()
 
 
+# Its first thread ends, and the process is a zombie to whoever looks; another is still in a system call.
+HALF_DEAD = """
+import ctypes, os, sys, threading, time
+from nbdclone.store.pool import Pool
+clone = Pool.open(sys.argv[1]).open_clone("web1")
+threading.Thread(target=lambda: (time.sleep(0.7), os._exit(0))).start()
+print("opened", flush=True)
+ctypes.CDLL(None).syscall(60, 0)
+"""
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the number of the system call that ends a thread")
+def test_a_clone_is_opened_when_the_last_thread_of_a_dead_process_has_let_go_of_it(pool: Pool) -> None:
+    pool.create_clones("base", ["web1"])
+    environment = {**os.environ, "PYTHONPATH": str(Path(nbdclone.__file__).parents[1])}
+    command = [sys.executable, "-c", HALF_DEAD, str(pool.path)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"opened\n"
+        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            pass
+        assert locks.holders()  # and it still has the clone
+        pool.open_clone("web1").close()
+
+
+def test_a_lock_that_was_let_go_of_when_it_was_looked_who_has_it_is_taken(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool.create_clones("base", ["web1"])
+    first = pool.open_clone("web1")
+
+    def close_first() -> dict[tuple[int, int], int]:
+        first.close()
+        return {}
+
+    monkeypatch.setattr(locks, "holders", close_first)
+    pool.open_clone("web1").close()
+
+
 def test_a_pool_is_served_by_one_server(pool: Pool) -> None:
     with pool.served(), pytest.raises(InUse, match=f"in use by this process \\({os.getpid()}\\)"), pool.served():
         pass
