@@ -42,7 +42,8 @@ class Export:
         self.changing = False  # a change runs in a thread, or waits to
         self._offload = offload
         self._loop = loop
-        self._changes: deque[tuple[Callable[[], Any], Callable[[], Any] | None, Done]] = deque()
+        # What to do in a thread (None: nothing), what on the loop.
+        self._changes: deque[tuple[Callable[[], Any] | None, Callable[[], Any] | None, Done]] = deque()
         self._flush_waiting: list[Done] = []
         self._flushing = False
         self._stalled_until = 0.0
@@ -68,10 +69,10 @@ class Export:
         self._changes.append((work, attempt, done))
         if not self.changing:
             self.changing = True
-            self._submit_change()
+            self._submit_change(work)
 
-    def _submit_change(self) -> None:
-        work, _attempt, done = self._changes[0]
+    def _submit_change(self, work: Callable[[], Any]) -> None:
+        done = self._changes[0][2]
 
         def changed(result: Any, error: BaseException | None) -> None:
             self._finish_change(done, result, error)
@@ -79,25 +80,38 @@ class Export:
 
         self._offload.submit(work, changed, self)
 
+    def change_here(self, step: Callable[[], Any], done: Done) -> None:
+        """Do a step on the event loop, after the changes before it: for what no read on the loop may run beside.
+
+        It must be quick: everybody waits for it.
+        """
+        self._changes.append((None, step, done))
+        if not self.changing:
+            self.changing = True
+            self._next_change()
+
     def _next_change(self) -> None:
-        for _ in range(MAX_ATTEMPTS):
-            if not self._changes:
-                self.changing = False
+        attempts = 0
+        while self._changes:
+            work, attempt, done = self._changes[0]
+            if work is not None and (attempt is None or attempts == MAX_ATTEMPTS or self.stalled):
+                self._submit_change(work)
                 return
-            _work, attempt, done = self._changes[0]
-            if attempt is None or self.stalled:
-                break
+            assert attempt is not None
+            attempts += 1
+            result: Any = None
             failure: Exception | None = None
             began = perf_counter()
             try:
-                attempt()
-            except BlockingIOError:
-                break
+                result = attempt()
             except Exception as error:
+                if work is not None and isinstance(error, BlockingIOError):
+                    self._submit_change(work)
+                    return
                 failure = error
             self.note_write_time(perf_counter() - began)
-            self._finish_change(done, None, failure)
-        self._submit_change()
+            self._finish_change(done, result, failure)
+        self.changing = False
 
     def _finish_change(self, done: Done, result: Any, error: BaseException | None) -> None:
         self._changes.popleft()

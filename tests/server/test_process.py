@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import resource
@@ -181,8 +180,11 @@ async def test_beside_a_server_that_has_a_clone_open_each_command_is_done_or_ref
             await client.pwrite(b"x" * 4096, 0)
             with pytest.raises(InUse, match=f"^clone 'web1' is {who}"):
                 pool.open_clone("web1")
-            with pytest.raises(InUse, match=f"^base 'base' is {who}"), pool._fs.exclusively(pool.path / ".lock"):
-                pool._hold("base", pool.path / "bases" / "base", contextlib.ExitStack())
+            path = pool.path / "bases" / "base" / "image"
+            image = pool.places.fs.open(path, os.O_RDONLY)
+            with pytest.raises(InUse, match=f"^base 'base' is {who}"):
+                pool.places.fs.lock(image, path, "base 'base'")
+            os.close(image)
             status, said = await command("rm", "web1")
             assert status == 1
             assert re.match(f"nbdclone: clone 'web1' is {who}", said)
