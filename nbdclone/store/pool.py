@@ -5,6 +5,7 @@
     POOL/settings.toml   what a server of it obeys; written by people, and optional
     POOL/.lock       held for the moment in which a name appears or goes
     POOL/.server     held by the server of the pool for as long as it runs
+    POOL/.control    the Unix socket on which it is told what to do; .control.new while it is made
     POOL/.tmp/       what is being made or removed; leftovers of the dead are cleared by the next who comes
 
 There is no database: a name is a directory's name, and the files inside say the rest. Whatever appears, is made whole
@@ -48,10 +49,12 @@ from nbdclone.store.locks import describe_process, holders, is_locked_directory,
 logger = logging.getLogger("nbdclone")
 
 _SETTINGS = "settings.toml"
+CONTROL_SOCKET = ".control"
+NEW_CONTROL_SOCKET = ".control.new"
 # Held, in a directory of ``.tmp``, by whoever makes something there.
 STAGING_LOCK = ".lock"
 # What is in a pool's directory.
-ENTRIES = {"bases", "clones", _SETTINGS, ".lock", ".server", ".tmp"}
+ENTRIES = {"bases", "clones", _SETTINGS, ".lock", ".server", CONTROL_SOCKET, NEW_CONTROL_SOCKET, ".tmp"}
 # Names are directory names and export names, are typed by people and pasted into URIs. '@' and '+' are kept free.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # What the header's field holds, less a bit for those who read it as a signed number.
