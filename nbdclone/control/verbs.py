@@ -146,6 +146,7 @@ VERBS: dict[str, Verb] = {
     verb.name: verb
     for verb in [
         Verb("quota", "worker", "nbdclone.control.quota:change_quota"),
+        Verb("disconnect", "worker", "nbdclone.control.clients:disconnect"),
     ]
 }  # fmt: skip
 
@@ -194,11 +195,15 @@ _WORDS = {str: "a string", int: "a whole number", float: "a number", bool: "true
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    if hint is Any:
+        return True
     origin = typing.get_origin(hint)
     if origin in (types.UnionType, typing.Union):
         return any(_fits(value, part) for part in typing.get_args(hint))
     if origin is list:
         return isinstance(value, list) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is hint
@@ -210,4 +215,4 @@ def _in_words(hint: Any) -> str:
         return " or ".join(map(_in_words, typing.get_args(hint)))
     if origin is list:
         return f"a list, each of it {_in_words(typing.get_args(hint)[0])}"
-    return _WORDS[hint]
+    return _WORDS.get(hint) or "an object"
