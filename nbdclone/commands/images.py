@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,11 +26,51 @@ def import_(
             "--immutable", help="Nobody can change or remove it but through 'nbdclone rm' (takes root; rm -rf fails)."
         ),
     ] = False,
+    as_clone: Annotated[
+        str | None,
+        typer.Option(
+            "--as-clone", metavar="CLONE", help="FILE is a qcow2 overlay: a clone of what it stands on, once imported."
+        ),
+    ] = None,
+    with_base: Annotated[
+        bool, typer.Option("--with-base", help="With --as-clone: import that as well, if it is no base yet.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Make a base from an image file."""
+    """Make a base from an image file, or a clone from a qcow2 overlay."""
+    if as_clone is not None:
+        if force or immutable:
+            raise typer.BadParameter("--force and --immutable are for bases", param_hint="--as-clone")
+        if name is not None and not with_base:
+            raise typer.BadParameter("with --as-clone it is the base's name: give --with-base too", param_hint="--name")
+        _import_as_clone(file, as_clone, with_base, name, as_json)
+        return
+    if with_base:
+        raise typer.BadParameter("it goes with --as-clone", param_hint="--with-base")
     with progress_bar(f"importing {file.name}") as progress:
         info = open_pool(create=True).import_base(file, name, force=force, immutable=immutable, progress=progress)
-    print(f"base '{info.name}': {show_size(info.size)}, {show_size(info.allocated)} on disk")
+    if as_json:
+        print_json({"kind": "base"} | asdict(info))
+    else:
+        print(f"base '{info.name}': {show_size(info.size)}, {show_size(info.allocated)} on disk")
+
+
+def _import_as_clone(overlay: Path, name: str, with_base: bool, base_name: str | None, as_json: bool) -> None:
+    from nbdclone.exchange.adopt import import_as_clone
+
+    pool = open_pool(create=with_base)
+    with progress_bar(f"importing {overlay.name}") as progress:
+        done = import_as_clone(pool, overlay, name, with_base=with_base, base_name=base_name, progress=progress)
+    if done.snapshots:
+        print(f"nbdclone: {done.snapshots} snapshot(s) inside the images stayed there", file=sys.stderr)
+    if as_json:
+        facts = {"base_imported": done.base_imported, "snapshots_left_out": done.snapshots}
+        print_json({"kind": "clone"} | asdict(done.clone) | facts)
+        return
+    if done.base_imported:
+        print(f"base '{done.base}': imported too")
+    clone = done.clone
+    print(f"clone '{name}' of '{done.base}': {show_size(clone.size)}, {show_size(clone.allocated)} on disk")
 
 
 @app.command("export")

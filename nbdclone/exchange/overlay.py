@@ -57,9 +57,7 @@ async def write_overlay(clone: Clone, path: Path, backing: str, progress: Progre
     try:
         async with opened_by_qemu(opened, what, read_only=False) as disk:
             writes = (_write(clone, disk, *piece) for piece in own_pieces(clone, base.size))
-            async for offset in in_turn(writes, IN_FLIGHT):
-                if progress:
-                    progress(offset, clone.size)
+            await in_turn(writes, IN_FLIGHT, lambda offset: progress and progress(offset, clone.size))
             await disk.flush()
     except ServerRefused as error:
         if error.code == Errno.ENOSPC:

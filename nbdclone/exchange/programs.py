@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -131,16 +131,16 @@ async def opened_by_qemu(
             await _end(process)
 
 
-async def in_turn(work: Iterable[Coroutine[Any, Any, T]], limit: int) -> AsyncIterator[T]:
-    """Have up to ``limit`` of these under way, and give the result of each in its turn; the first error ends it."""
+async def in_turn(work: Iterable[Coroutine[Any, Any, T]], limit: int, done: Callable[[T], object]) -> None:
+    """Have up to ``limit`` of these under way; ``done`` gets each one's result in its turn. An error ends it."""
     under_way: deque[asyncio.Task[T]] = deque()
     try:
         for each in work:
             if len(under_way) == limit:
-                yield await under_way.popleft()
+                done(await under_way.popleft())
             under_way.append(asyncio.create_task(each))
         while under_way:
-            yield await under_way.popleft()
+            done(await under_way.popleft())
     finally:
         for task in under_way:
             task.cancel()

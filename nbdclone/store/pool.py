@@ -177,13 +177,20 @@ class Pool:
         return self._base_info(name, clones=())
 
     def create_clones(
-        self, source: str, names: Sequence[str], *, size: int | None = None, quota: int | None = None
+        self,
+        source: str,
+        names: Sequence[str],
+        *,
+        size: int | None = None,
+        quota: int | None = None,
+        fill: Callable[[Clone], object] | None = None,
     ) -> list[CloneInfo]:
         """Make clones of a base, all of them or, if anything is wrong with one, none.
 
         ``size`` in bytes (default: the base's) may be larger than the base: the rest reads as zeros. ``quota`` is how
-        many bytes each may take on the disk (default: no end of it). Costs the same whatever the size. Raises
-        UsageError and its children, BaseChanged, FileTooLarge.
+        many bytes each may take on the disk (default: no end of it). ``fill`` is given each clone, open, to write to
+        it before it has its name. Costs the same whatever the size. Raises UsageError and its children, BaseChanged,
+        FileTooLarge, and what ``fill`` raises.
         """
         for name in names:
             validate_name(name)
@@ -205,7 +212,12 @@ class Pool:
                     self._fs.mkdir(staging / name)
                     identity = (uuid.uuid4().bytes, base.record.id, base.record.fingerprint)
                     header = Header(*identity, size, time.time_ns(), source, quota=quota or 0)
-                    Delta.create(staging / name / "delta", header, self._fs)
+                    delta = staging / name / "delta"
+                    Delta.create(delta, header, self._fs)
+                    if fill is not None:
+                        opened = Delta.open(delta, f"clone '{name}'", self._fs)
+                        with Clone(name, [self._open_base(source), opened], self._fs) as clone:
+                            fill(clone)
                     self._fs.sync_directory(staging / name)
 
                 self._fs.for_each(make, names)
