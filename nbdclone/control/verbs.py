@@ -43,7 +43,7 @@ import importlib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
@@ -101,6 +101,13 @@ class Target(Protocol):
         """End the connections of all clients that have this clone now, and return when they are gone.
 
         They may come again at once.
+        """
+
+    def alone(self, names: Sequence[str], *, disconnect: bool = False) -> AbstractContextManager[None]:
+        """Until the end of the ``with`` this server has none of these open, a clone and snapshots of it: who connects
+        meanwhile, waits. What to do with their files then takes the locks that keep other processes away.
+
+        Raises InUse that names the clients; with ``disconnect`` these are sent away.
         """
 
     def run(self, verb: str, arguments: Arguments) -> Steps:
