@@ -154,6 +154,13 @@ VERBS: dict[str, Verb] = {
     for verb in [
         Verb("quota", "worker", "nbdclone.control.quota:change_quota"),
         Verb("disconnect", "worker", "nbdclone.control.clients:disconnect"),
+        Verb("snapshot", "worker", "nbdclone.control.naming:snapshot"),
+        Verb("rollback", "worker", "nbdclone.control.naming:rollback"),
+        Verb("reset", "worker", "nbdclone.control.naming:reset"),
+        Verb("rename", "worker", "nbdclone.control.naming:rename_one", clone="old"),
+        Verb("resize", "worker", "nbdclone.control.space:resize_clone"),
+        Verb("rm", "process", "nbdclone.control.space:remove_all"),
+        Verb("du", "process", "nbdclone.control.space:measure"),
     ]
 }  # fmt: skip
 

@@ -26,6 +26,11 @@ def remove(places: Places, names: Sequence[str]) -> None:
     _Removal(places, list(dict.fromkeys(names))).run()
 
 
+def require_removable(places: Places, names: Sequence[str]) -> None:
+    """Raise what :func:`remove` would raise of these, and change nothing."""
+    _Removal(places, list(dict.fromkeys(names))).look()
+
+
 class _Removal:
     def __init__(self, places: Places, names: list[str]) -> None:
         self._places = places
@@ -41,14 +46,7 @@ class _Removal:
             held.callback(self._discard)  # once more when it is closed: NFS does not remove what is open
             with places.changing():
                 places.clear_leftovers()
-                found = [places.place(name) for name in names]
-                for name in self._snapshots:
-                    places.snapshot(name)
-                layered = bool(places.layer_ids())
-                if layered or any(place.parent == places.bases for place in found):
-                    self._refuse_dependants()
-                for name, place in zip(names, found, strict=True):
-                    self._hold(name, place, held)
+                found, layered = self._find(held)
                 for name, place in zip(names, found, strict=True):
                     thaw(self._fs, place / "image", name)
                 # Clones before bases: a power cut in between leaves no clone without its base. Straight into ``.tmp``,
@@ -65,6 +63,23 @@ class _Removal:
                 self._forget_snapshots()
                 if layered:
                     collect(places, held, self._going)
+
+    def look(self) -> None:
+        with contextlib.ExitStack() as held, self._places.changing():
+            self._find(held)
+
+    def _find(self, held: contextlib.ExitStack) -> tuple[list[Path], bool]:
+        """Where they are, locked, and whether there are layers. To be called when changing."""
+        places = self._places
+        found = [places.place(name) for name in self._names]
+        for name in self._snapshots:
+            places.snapshot(name)
+        layered = bool(places.layer_ids())
+        if layered or any(place.parent == places.bases for place in found):
+            self._refuse_dependants()
+        for name, place in zip(self._names, found, strict=True):
+            self._hold(name, place, held)
+        return found, layered
 
     def _discard(self) -> None:
         for _, trash in self._going:
