@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nbdclone.errors import NotFound, UsageError
@@ -24,7 +24,7 @@ from nbdclone.store.importing import import_image
 from nbdclone.store.layer import BLOCK_SIZE, MAX_SIZE, MIN_SIZE, SECTOR_SIZE
 from nbdclone.store.locks import mount_of, require_locks
 from nbdclone.store.names import split_name, validate_name, validate_snapshot_name
-from nbdclone.store.opening import open_disk
+from nbdclone.store.opening import open_beneath, open_disk
 from nbdclone.store.places import ENTRIES, Places
 from nbdclone.store.removal import remove
 from nbdclone.store.sealed import Sealed
@@ -111,13 +111,20 @@ class Pool:
         return info
 
     def create_clones(
-        self, source: str, names: Sequence[str], *, size: int | None = None, quota: int | None = None
+        self,
+        source: str,
+        names: Sequence[str],
+        *,
+        size: int | None = None,
+        quota: int | None = None,
+        fill: Callable[[Clone], object] | None = None,
     ) -> list[CloneInfo]:
         """Make clones of a base, all of them or, if anything is wrong with one, none.
 
         ``size`` in bytes (default: the base's) may be larger than the base: the rest reads as zeros. ``quota`` is how
-        many bytes each may take on the disk (default: no end of it). Costs the same whatever the size. Raises
-        UsageError and its children, BaseChanged, FileTooLarge.
+        many bytes each may take on the disk (default: no end of it). ``fill`` is given each clone, open, to write to
+        it before it has its name. Costs the same whatever the size. Raises UsageError and its children, BaseChanged,
+        FileTooLarge, and what ``fill`` raises.
         """
         for name in names:
             validate_name(name)
@@ -142,7 +149,13 @@ class Pool:
                 def make(name: str) -> None:
                     self._fs.mkdir(staging / name)
                     header = Header(uuid.uuid4().bytes, *identity, size, time.time_ns(), source, quota=quota or 0)
-                    Delta.create(staging / name / "delta", header, self._fs)
+                    delta = staging / name / "delta"
+                    Delta.create(delta, header, self._fs)
+                    if fill is not None:
+                        beneath = open_beneath(self.places, f"clone '{name}'", header)
+                        opened = Delta.open(delta, f"clone '{name}'", self._fs)
+                        with Clone(name, [*beneath, opened], self._fs) as clone:
+                            fill(clone)
                     self._fs.sync_directory(staging / name)
 
                 self._fs.for_each(make, names)
