@@ -14,7 +14,7 @@ from nbdclone.store.delta_file import NO_PARENT, Header, read_header
 from nbdclone.store.image import BaseRecord, Identity
 from nbdclone.store.locks import describe_process, holders
 from nbdclone.store.names import split_name
-from nbdclone.store.places import Places, Snapshot
+from nbdclone.store.places import EPHEMERAL, Places, Snapshot
 
 Locks = Mapping[tuple[int, int], int]
 
@@ -42,7 +42,7 @@ class BaseInfo:
 class CloneInfo:
     """A clone. ``allocated`` is what its delta takes on the disk, and ``quota`` what it may; ``in_use_by`` says who has
     it open, in words. ``parent`` is the base or the snapshot beneath its delta, None if it was cut free; ``base`` is at
-    the bottom. ``snapshots``: its own, oldest first.
+    the bottom. ``snapshots``: its own, oldest first. ``ephemeral``: it goes when its time is over.
     """
 
     kind: ClassVar[str] = "clone"
@@ -58,6 +58,7 @@ class CloneInfo:
     error: str | None = None
     base: str | None = None
     snapshots: tuple[str, ...] = ()
+    ephemeral: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +174,7 @@ class Catalog:
             missing,
             base,
             tuple(self._places.snapshots(name, header.id)) if self._layered else (),
+            os.path.exists(f"{self._places.clones}/{name}/{EPHEMERAL}"),
         )
 
     def _snapshot(self, name: str, snapshot: Snapshot) -> SnapshotInfo:
