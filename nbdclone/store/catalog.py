@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,7 +87,6 @@ class Catalog:
     def __init__(self, places: Places) -> None:
         self._places = places
         self._fs = places.fs
-        self._locks: Locks = holders()
         self._bases: dict[bytes, str] | None = None
         self._named: dict[bytes, str] | None = None
         self._headers: dict[bytes, Header | None] = {}  # of layers
@@ -185,6 +185,11 @@ class Catalog:
             return SnapshotInfo(name, layer, 0, 0, created, "", error=str(error))
         parent, base, missing = self._beneath(header)
         return SnapshotInfo(name, layer, header.size, status.st_blocks * 512, created, parent, base, missing)
+
+    @functools.cached_property
+    def _locks(self) -> Locks:
+        """Asked for once, by who needs it: the kernel's table has the locks of the whole machine."""
+        return holders()
 
     # What is beneath
 
