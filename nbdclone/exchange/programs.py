@@ -134,11 +134,12 @@ async def opened_by_qemu(
 async def in_turn(work: Iterable[Coroutine[Any, Any, T]], limit: int, done: Callable[[T], object]) -> None:
     """Have up to ``limit`` of these under way; ``done`` gets each one's result in its turn. An error ends it."""
     under_way: deque[asyncio.Task[T]] = deque()
+    left = iter(work)
     try:
-        for each in work:
+        while (each := next(left, None)) is not None:
+            under_way.append(asyncio.create_task(each))
             if len(under_way) == limit:
                 done(await under_way.popleft())
-            under_way.append(asyncio.create_task(each))
         while under_way:
             done(await under_way.popleft())
     finally:

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from nbdclone.errors import FileTooLarge, InvalidImage, NotFound, StorageError
@@ -27,6 +28,7 @@ from nbdclone.store.image import (
     chunk_hash,
     data_ranges,
     fingerprint_of,
+    hash_image,
     read_manifest,
     save,
     take_samples,
@@ -78,9 +80,34 @@ def import_image(
             size, hashes = _take_converted(source, target, force, fs)
     finally:
         os.close(source_fd)
+    return _record_base(directory, size, hashes, str(source.absolute()), fs, immutable=immutable)
+
+
+def make_base(directory: Path, source: str, fs: FileSystem) -> Iterator[tuple[int, int]]:
+    """Make a base of the raw image that is in ``directory`` already: manifest and record, all durable.
+
+    ``source`` says where it is from. In steps: yields (bytes done, bytes in all). Raises StorageError, OSError.
+    """
+    hashes: dict[int, bytes] = {}
+    fd = fs.open(directory / "image", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        size = fs.fstat(fd).st_size
+        for chunk, digest in hash_image(fd, size):
+            hashes[chunk] = digest
+            yield min((chunk + 1) * CHUNK_SIZE, size), size
+        _seal(fd, fs)
+    finally:
+        fs.close(fd)
+    _record_base(directory, size, hashes, source, fs, immutable=False)
+
+
+def _record_base(
+    directory: Path, size: int, hashes: dict[int, bytes], source: str, fs: FileSystem, *, immutable: bool
+) -> BaseRecord:
+    """What tells that the image there is a base, and which."""
     _write_manifest(directory / "manifest", hashes, size, fs)
     fingerprint = fingerprint_of(size, read_manifest(directory / "manifest", size))
-    fd = fs.open(target, os.O_RDONLY | os.O_CLOEXEC)
+    fd = fs.open(directory / "image", os.O_RDONLY | os.O_CLOEXEC)
     try:
         if immutable:
             _forbid_changes(fd, fs)
@@ -88,9 +115,7 @@ def import_image(
         identity = Identity.of(fs.fstat(fd))
     finally:
         fs.close(fd)
-    record = BaseRecord(
-        uuid.uuid4().bytes, size, fingerprint, time.time_ns(), str(source.absolute()), identity, samples
-    )
+    record = BaseRecord(uuid.uuid4().bytes, size, fingerprint, time.time_ns(), source, identity, samples)
     save(directory / "base.json", record.dump(), fs)
     return record
 

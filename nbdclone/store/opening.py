@@ -25,11 +25,7 @@ def open_disk(places: Places, name: str) -> Clone:
     place = places.place(name)
     if place.parent == places.bases:
         return Clone(name, [Image.open(name, place, places.fs)], places.fs)
-    return open_over(places, Delta.open(place / "delta", f"clone '{name}'", places.fs), name)
-
-
-def open_over(places: Places, delta: Delta, name: str) -> Clone:
-    """The disk of which that delta, which is open, is the top. It is closed if anything is wrong beneath it."""
+    delta = Delta.open(place / "delta", f"clone '{name}'", places.fs)
     try:
         beneath = open_beneath(places, f"clone '{name}'", delta.header)
     except BaseException:

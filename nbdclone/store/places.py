@@ -34,11 +34,11 @@ from nbdclone.store.locks import is_locked_directory, take
 from nbdclone.store.names import is_name, split_name
 
 SETTINGS = "settings.toml"
-# The sealed names of a clone, in its directory.
+# The names of a clone's snapshots, in its directory; and how long it is to live, if it is not to stay.
 SNAPSHOTS = "snapshots"
+EPHEMERAL = "ephemeral"
 # Held, in a directory of ``.tmp``, by whoever makes something there.
 STAGING_LOCK = ".lock"
-# The socket of the running server, and what it is called while it is made.
 CONTROL_SOCKET = ".control"
 NEW_CONTROL_SOCKET = ".control.new"
 # What is in a pool's directory.

@@ -18,14 +18,15 @@ from nbdclone.store.catalog import BaseInfo, Catalog, CloneInfo, Info, SnapshotI
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import Header, change_header
-from nbdclone.store.fs import FILE_SYSTEM, FileSystem
+from nbdclone.store.ephemeral import Mark
+from nbdclone.store.fs import FILE_SYSTEM, FileSystem, write_durably
 from nbdclone.store.image import Image, Progress
 from nbdclone.store.importing import import_image
 from nbdclone.store.layer import BLOCK_SIZE, MAX_SIZE, MIN_SIZE, SECTOR_SIZE
 from nbdclone.store.locks import mount_of, require_locks
 from nbdclone.store.names import split_name, validate_name, validate_snapshot_name
-from nbdclone.store.opening import open_disk, open_over
-from nbdclone.store.places import ENTRIES, Places
+from nbdclone.store.opening import open_beneath, open_disk
+from nbdclone.store.places import ENTRIES, EPHEMERAL, Places
 from nbdclone.store.removal import remove
 from nbdclone.store.sealed import Sealed
 from nbdclone.store.snapshots import go_back, take_snapshot
@@ -118,13 +119,14 @@ class Pool:
         size: int | None = None,
         quota: int | None = None,
         fill: Callable[[Clone], object] | None = None,
+        mark: Mark | None = None,
     ) -> list[CloneInfo]:
         """Make clones of a base, all of them or, if anything is wrong with one, none.
 
         ``size`` in bytes (default: the base's) may be larger than the base: the rest reads as zeros. ``quota`` is how
         many bytes each may take on the disk (default: no end of it). ``fill`` is given each clone, open, to write to
-        it before it has its name. Costs the same whatever the size. Raises UsageError and its children, BaseChanged,
-        FileTooLarge, and what ``fill`` raises.
+        it before it has its name. ``mark``: they are ephemeral. Costs the same whatever the size. Raises UsageError
+        and its children, BaseChanged, FileTooLarge, and what ``fill`` raises.
         """
         for name in names:
             validate_name(name)
@@ -151,8 +153,12 @@ class Pool:
                     header = Header(uuid.uuid4().bytes, *identity, size, time.time_ns(), source, quota=quota or 0)
                     delta = staging / name / "delta"
                     Delta.create(delta, header, self._fs)
+                    if mark is not None:
+                        write_durably(staging / name / EPHEMERAL, mark.dump(), self._fs)
                     if fill is not None:
-                        with open_over(self.places, Delta.open(delta, f"clone '{name}'", self._fs), name) as clone:
+                        beneath = open_beneath(self.places, f"clone '{name}'", header)
+                        opened = Delta.open(delta, f"clone '{name}'", self._fs)
+                        with Clone(name, [*beneath, opened], self._fs) as clone:
                             fill(clone)
                     self._fs.sync_directory(staging / name)
 

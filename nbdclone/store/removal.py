@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nbdclone.errors import InUse, NBDCloneError, NotFound, StorageError
@@ -16,14 +16,14 @@ from nbdclone.store.names import split_name
 from nbdclone.store.places import SNAPSHOTS, Places
 
 
-def remove(places: Places, names: Sequence[str]) -> None:
-    """Remove clones, bases and snapshots, all or none.
+def remove(places: Places, names: Sequence[str], still: Callable[[], bool] = lambda: True) -> None:
+    """Remove clones, bases and snapshots, all or none; if they are ``still`` to go when it is our turn.
 
     Raises NotFound; InUse, naming the dependants that are not removed along with it, or the process that has a clone
     open. Needs no space: on a full disk this is what makes some. The layer of a snapshot stays as long as something is
     above it.
     """
-    _Removal(places, list(dict.fromkeys(names))).run()
+    _Removal(places, list(dict.fromkeys(names)), still).run()
 
 
 def require_removable(places: Places, names: Sequence[str]) -> None:
@@ -32,8 +32,9 @@ def require_removable(places: Places, names: Sequence[str]) -> None:
 
 
 class _Removal:
-    def __init__(self, places: Places, names: list[str]) -> None:
+    def __init__(self, places: Places, names: list[str], still: Callable[[], bool] = lambda: True) -> None:
         self._places = places
+        self._still = still
         self._fs = places.fs
         self._names = [name for name in names if split_name(name)[1] is None]
         self._snapshots = [name for name in names if split_name(name)[1] is not None]
@@ -45,6 +46,8 @@ class _Removal:
         with contextlib.ExitStack() as held:
             held.callback(self._discard)  # once more when it is closed: NFS does not remove what is open
             with places.changing():
+                if not self._still():
+                    return
                 places.clear_leftovers()
                 found, layered = self._find(held)
                 for name, place in zip(names, found, strict=True):

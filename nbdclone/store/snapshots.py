@@ -26,6 +26,7 @@ from nbdclone.store.catalog import Catalog
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import HEADER_SLOTS, NO_PARENT, PAGE_SIZE, RECORD_SLOTS, Header
+from nbdclone.store.fs import write_durably
 from nbdclone.store.image import BaseRecord
 from nbdclone.store.layer import MAX_LAYERS
 from nbdclone.store.names import validate_name
@@ -76,7 +77,7 @@ def take_snapshot(
     with places.no_space_left(f"snapshot '{name}@{snapshot}'"), places.staging() as staging:
         old = clone.delta.header
         Delta.create(staging / "delta", successor(old, old.id, f"{name}@{snapshot}"), fs)
-        _write(staging / "record", Snapshot(old.id, time.time_ns()).dump(), places)
+        write_durably(staging / "record", Snapshot(old.id, time.time_ns()).dump(), fs)
         fs.mkdir(staging / "layer")
         fs.link(own / "delta", staging / "layer" / "delta")
         fs.sync_directory(staging / "layer")
@@ -232,13 +233,3 @@ def _require_present(places: Places, clone: Clone) -> None:
     path = places.delta(clone.name)
     if not places.fs.still_there(path, places.fs.fstat(clone.delta.fd)):
         raise NotFound(f"clone '{clone.name}' was removed just now ({path})")
-
-
-def _write(path: Path, content: bytes, places: Places) -> None:
-    fs = places.fs
-    fd = fs.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        fs.pwrite_all(fd, content, 0)
-        fs.sync(fd)
-    finally:
-        fs.close(fd)
