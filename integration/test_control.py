@@ -79,7 +79,7 @@ def client_of(server: Served, name: str, seconds: int) -> Iterator[subprocess.Po
         yield process
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def p99_ms(process: subprocess.Popen[bytes]) -> dict[str, float]:
@@ -99,26 +99,39 @@ def wait_for_client(pool: Path) -> None:
         time.sleep(0.02)
 
 
-def test_what_the_documentation_does_with_curl_works(pool: Path) -> None:
-    with served(pool, "--workers", "2") as server:
-        assert curl(pool, "")["pid"] == server.pid
-        assert [entry["name"] for entry in curl(pool, "entries")] == ["base", "web1", "web2"]
-        assert curl(pool, "clones", "--json", '{"source": "base", "names": ["new"]}', status=201)[0]["name"] == "new"
-        assert curl(pool, "entries/new")["parent"] == "base"
-        assert curl(pool, "entries/new/quota", "-X", "PUT", "--json", '{"quota": 10000000}')["quota"] == 10000000
-        job = '{"verb": "quota", "arguments": {"name": "new", "quota": null}}'
-        *progress, last = curl(pool, "jobs", "--no-buffer", "--json", job)
-        assert progress
-        assert last["result"]["quota"] is None
-        assert curl(pool, "entries/new", "-X", "DELETE") == {"removed": ["new"]}
-        assert "no base or clone" in curl(pool, "entries/new", status=404)["error"]["message"]
-        assert curl(pool, "openapi.json")["openapi"].startswith("3.1")
-        with client_of(server, "web1", 120):
-            wait_for_client(pool)
-            [export] = curl(pool, "exports")
-            assert (export["name"], export["worker"] in server.workers) == ("web1", True)
-            assert export["clients"][0]["peer"].startswith("unix uid")
-            assert "connected: unix uid" in curl(pool, "entries/web1", "-X", "DELETE", status=409)["error"]["message"]
+def test_what_the_documentation_does_with_curl_works(tmp_path: Path) -> None:
+    image = tmp_path / "image.raw"
+    image.write_bytes(os.urandom(SIZE))
+    pool = make_pool(tmp_path / "pool", image, "new", base="debian")
+    document = (served_module.REPOSITORY / "docs" / "control.md").read_text()
+    [commands] = re.findall(r"```sh\n(.*?)```", document, re.S)
+    program("curl")
+    separate = commands.replace("\nask ", "\nprintf '\\n%s\\n' ----; ask ")
+    with served(pool, "--workers", "2"):
+        done = subprocess.run(
+            ["sh", "-euc", separate], env={**os.environ, "POOL": str(pool)}, capture_output=True, text=True, timeout=100
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+    answers = [part.strip() for part in done.stdout.split("----")[1:]]
+    assert len(answers) == commands.count("\nask ") >= 8
+    for answer in answers:
+        for line in answer.splitlines():
+            assert not line.startswith('{"error"'), line
+            json.loads(line)
+    assert json.loads(answers[4])["quota"] == 10737418240
+    assert json.loads(answers[-2].splitlines()[-1])["result"]["quota"] is None
+    assert json.loads(answers[-1]) == {"removed": ["web2"]}
+
+
+def test_curl_sees_who_is_connected(pool: Path) -> None:
+    with served(pool, "--workers", "2") as server, client_of(server, "web1", 120):
+        wait_for_client(pool)
+        [export] = curl(pool, "exports")
+        assert (export["name"], export["worker"] in server.workers) == ("web1", True)
+        assert export["clients"][0]["peer"].startswith("unix uid")
+        refused = curl(pool, "entries/web1", "-X", "DELETE", status=409)["error"]
+        assert refused["kind"] == "InUse"
+        assert "connected: unix uid" in refused["message"]
 
 
 def test_the_command_line_does_the_same_with_a_server_and_without(pool: Path) -> None:

@@ -148,6 +148,13 @@ def test_the_document_describes_exactly_the_routes_that_there_are(pool: Pool) ->
         assert named == re.findall(r"\{(\w+)\}", path)
 
 
+def test_the_page_lists_the_same_routes() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "control.md").read_text()
+    listed = re.findall(r"^\| `([A-Z]+) /v1(/\S*)` \|", page, re.M)
+    described = [(method.upper(), path) for path, item in DOCUMENT["paths"].items() for method in item]
+    assert sorted(listed) == sorted(entry for entry in described if entry[0] != "PARAMETERS")
+
+
 def test_whatever_the_document_refers_to_is_in_it_and_all_that_is_in_it_is_referred_to() -> None:
     found = set(references(DOCUMENT))
     for reference in found:
