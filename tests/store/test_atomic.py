@@ -299,6 +299,11 @@ SPARE = {
     # The same, and the directory "snapshots": until the commit it does not count, whose sync makes both durable.
     "first snapshot": ["delta", "web2/", "delta"],
     "remove a snapshot": ["clones/", "bases/"],  # where nothing went
+    # The flush of what was written before: nothing was. And the second slot of the header: the first is enough.
+    "grow": ["delta", "delta"],
+    # The same, and: the file's length, which stays; the map before its copy, and both before the file is cut (one of
+    # them is enough, and both pages differ in one sector alone); the end, which the next to open it would do again.
+    "shrink": ["delta"] * 6,
 }
 # With all of them left out the defect must be noticed.
 NEEDED_TOGETHER = {"import"}
