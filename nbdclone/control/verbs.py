@@ -147,6 +147,8 @@ VERBS: dict[str, Verb] = {
     for verb in [
         Verb("quota", "worker", "nbdclone.control.quota:change_quota"),
         Verb("disconnect", "worker", "nbdclone.control.clients:disconnect"),
+        Verb("promote", "process", "nbdclone.store.promoting:promote"),
+        Verb("keep", "process", "nbdclone.store.ephemeral:keep"),
     ]
 }  # fmt: skip
 

@@ -180,7 +180,7 @@ class Exports:
         # By name, while it is being opened or closed: the lock, and how many hold it or wait for it.
         self._turns: dict[str, tuple[asyncio.Lock, set[object]]] = {}
 
-    async def acquire(self, name: str) -> Export:
+    async def acquire(self, name: str, *, refused: bool = False) -> Export:
         """The export of that name, to be given back with :meth:`release`. Raises what ``Pool.open_clone`` raises."""
         async with self._turn(name):
             export = self._open.get(name)

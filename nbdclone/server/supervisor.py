@@ -26,6 +26,7 @@ from nbdclone.server.accept import Acceptor
 from nbdclone.server.admission import MAX_CONNECTIONS, Admission
 from nbdclone.server.budget import MIN_MEMORY, default_memory
 from nbdclone.server.channel import Message
+from nbdclone.server.ephemeral import Ephemerals
 from nbdclone.server.host import Options, tls_mode
 from nbdclone.server.jobs import Job, Jobs
 from nbdclone.server.owners import Owners
@@ -120,7 +121,8 @@ class Supervisor:
         with contextlib.ExitStack() as held:
             self._lock = held.enter_context(self.pool.served())
             self._settings = read_text(self.pool.settings_path)
-            parse_settings(self._settings, self.pool.settings_path)
+            self._templates = parse_settings(self._settings, self.pool.settings_path).templates
+            self._ephemerals = Ephemerals(self.pool, self._owners.has, self._begin_task)
             self._acceptor = Acceptor(self._admission, QuietLog(logger, self._loop.time), self._begin)
             held.callback(self._acceptor.close)
             required = tls_mode(self._tls) is TLSMode.REQUIRED
@@ -135,6 +137,7 @@ class Supervisor:
                 await self._stop()
                 raise
             self._control.start()
+            await self._ephemerals.start()
             self._held = held.pop_all()
         self._retiring = self._loop.call_later(IDLE_S, self._retire, set())
         return self
@@ -157,6 +160,7 @@ class Supervisor:
         if self._pausing is not None:
             self._pausing.cancel()
         self._jobs.stop()
+        self._ephemerals.stop()
         self._moved.set()
         for process in self._processes.values():
             self._end(process)
@@ -169,11 +173,11 @@ class Supervisor:
         settings = tls = False
         try:
             text = read_text(self.pool.settings_path)
-            parse_settings(text, self.pool.settings_path)
+            templates = parse_settings(text, self.pool.settings_path).templates
         except UsageError as error:
             logger.error("the settings stay as they were: %s", error)
         else:
-            self._settings, settings = text, True
+            self._settings, self._templates, settings = text, templates, True
         if self._tls is not None:
             try:
                 self._tls.reload()
@@ -334,10 +338,13 @@ class Supervisor:
             self._leave(number, relay=message["relay"])
         elif verb == "release":
             self._owners.release(number)
+            self._ephemerals.look()
+        elif verb == "make":
+            self._begin_task(self._make(process, message))
         elif verb == "progress":
             self._jobs.note(number, *message["progress"])
         else:
-            owner = self._owners.claim(number, message["name"])
+            owner = self._owners.claim(number, message["name"], here=message.get("here", False))
             if self._processes[owner].ending or not self._processes[owner].settled.is_set():
                 self._parked.append((process, message, fd))
             elif verb == "claim":
@@ -359,6 +366,11 @@ class Supervisor:
     def _leave(self, number: int, *, relay: bool = False) -> None:
         if self._owners.leave(number, relay=relay):
             self._acceptor.leave(self._peers.pop(number))
+        self._ephemerals.look()
+
+    async def _make(self, process: Process, message: Message) -> None:
+        """Make the clone that a client has asked for by a template."""
+        process.channel.answer(message, **await self._ephemerals.make(message["name"], self._templates))
 
     # Verbs
 

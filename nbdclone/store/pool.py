@@ -192,13 +192,14 @@ class Pool:
         assert isinstance(info, CloneInfo)
         return info
 
-    def remove(self, names: Sequence[str]) -> None:
+    def remove(self, names: Sequence[str], still: Callable[[], bool] = lambda: True) -> None:
         """Remove clones, bases and snapshots, all or none.
 
         Raises NotFound; InUse, naming the dependants that are not removed along with it, or the process that has a
-        clone open. Needs no space: on a full disk this is what makes some.
+        clone open. Needs no space: on a full disk this is what makes some. ``still`` is asked when it is our turn: are
+        they to go?
         """
-        remove(self.places, names)
+        remove(self.places, names, still)
 
     # Snapshots
 
