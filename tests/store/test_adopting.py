@@ -168,6 +168,9 @@ def test_a_base_is_known_by_its_content_whatever_the_file_is_called(pool: Pool, 
     copy = tmp_path / "copy.img"
     copy.write_bytes(source.read_bytes())
     image = Counting(copy)
+    pool.import_base(copy, "a-damaged-one")
+    (pool.path / "bases" / "a-damaged-one" / "image").unlink()
+    (pool.path / "bases" / "a-damaged-one" / "base.json").write_text("{}")
     assert find_base(pool, copy, image) == "base"
     assert image.hashed == 1
 
