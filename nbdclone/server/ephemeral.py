@@ -87,13 +87,15 @@ class Ephemerals:
         self._arm(name)
         return name
 
+    def claimed(self, name: str) -> None:
+        """Somebody has it open: its time begins when he has gone."""
+        if timer := self._timers.pop(name, None):
+            timer.cancel()
+
     def look(self) -> None:
-        """Something was released: arm those that nobody has open, disarm those that somebody has."""
-        for name in list(self._marks):
-            if self._owned(name):
-                if timer := self._timers.pop(name, None):
-                    timer.cancel()
-            elif name not in self._timers:
+        """Something was released: the time of those that nobody has open begins."""
+        for name in self._marks:
+            if not self._owned(name) and name not in self._timers:
                 self._arm(name)
 
     def _arm(self, name: str, wait_s: float = 0.0) -> None:

@@ -345,6 +345,7 @@ class Supervisor:
             self._jobs.note(number, *message["progress"])
         else:
             owner = self._owners.claim(number, message["name"], here=message.get("here", False))
+            self._ephemerals.claimed(message["name"])
             if self._processes[owner].ending or not self._processes[owner].settled.is_set():
                 self._parked.append((process, message, fd))
             elif verb == "claim":
@@ -415,6 +416,7 @@ class Supervisor:
             moved = self._moved
             if self._owners.open:
                 process = self._processes[self._owners.claim(number, name)]
+                self._ephemerals.claimed(name)
                 self._provide()
                 if process.settled.is_set() and not process.ending:
                     self._owners.move(number, process.number, relayed=False)
@@ -427,6 +429,7 @@ class Supervisor:
         """What was claimed with ``place`` is given back, unless it went with its worker."""
         if number in self._owners:
             self._owners.leave(number)
+        self._ephemerals.look()
 
 
 def _close(fd: int | None) -> None:
