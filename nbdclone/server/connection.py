@@ -117,6 +117,11 @@ class Connection:
         """What ends when it has ended."""
         return self._task
 
+    @property
+    def since(self) -> float:
+        """When it came, in Unix seconds."""
+        return self._peer.since
+
     def record(self) -> dict[str, Any]:
         """Who the client is, as JSON can hold it."""
         record = self._peer.record()

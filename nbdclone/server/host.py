@@ -147,12 +147,16 @@ class Host:
             await asyncio.wait(tasks)
 
     def _with(self, name: str) -> list[Connection]:
-        return [connection for connection in self._connections if connection.export_name == name]
+        return [connection for connection in self._in_order() if connection.export_name == name]
+
+    def _in_order(self) -> list[Connection]:
+        """Whoever came first, first."""
+        return sorted(self._connections, key=lambda connection: connection.since)
 
     def records(self) -> list[dict[str, Any]]:
         """Every export that is open here, and who has it, as JSON can hold it."""
         clients: dict[str, list[dict[str, Any]]] = {name: [] for name in self._exports.open_names}
-        for connection in self._connections:
+        for connection in self._in_order():
             if (name := connection.export_name) is not None:
                 clients.setdefault(name, []).append(connection.record())
         return [{"name": name, "clients": found} for name, found in clients.items()]
