@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from nbdclone.errors import CorruptDelta, NBDCloneError, NotFound, StorageError, UnsupportedFormat
 from nbdclone.store.check_base import Wishes
 from nbdclone.store.delta_file import NO_PARENT, Header
-from nbdclone.store.finding import NOTE, Finding, Range
+from nbdclone.store.finding import NOTE, WRONG, Finding, Range
 from nbdclone.store.image import HASH_SIZE, UNREADABLE, chunk_count, fingerprint_of, read_manifest
 from nbdclone.store.layer import MAX_LAYERS
 from nbdclone.store.layer_manifest import (
@@ -128,18 +129,27 @@ def check_snapshots(places: Places, clone: str, own_id: bytes | None) -> Iterato
 # What nobody needs
 
 
-def check_leftovers(places: Places, clones: Sequence[str], repair: bool) -> list[Finding]:
+def check_leftovers(places: Places, clones: Sequence[str], repair: bool) -> tuple[list[Finding], set[bytes]]:
     """What snapshots left that were cut off before their commit, and layers that nothing is above and no name is for.
 
-    To be called when changing: what a snapshot that is under way has made is no leftover. Raises OSError.
+    Also returns the ids of the former: these are no layers. To be called when changing: what a snapshot that is under
+    way has made is no leftover. Raises OSError.
     """
     found: list[Finding] = []
-    cut_off = set()
+    cut_off: set[bytes] = set()
+    above: dict[bytes, set[str]] = {}
+    with contextlib.suppress(StorageError):
+        above = needed_layers(places, clones)
     for clone in clones:
         own_id = None
         with contextlib.suppress(NBDCloneError, OSError):
             own_id = places.header(places.delta(clone)).id
         if own_id is None or not (left := _cut_off(places, clone, own_id)):
+            continue
+        if own_id in above:
+            what = f"it has the id of a layer that '{min(above[own_id])}' needs: it was copied from a clone by hand"
+            todo = "it cannot have snapshots: make a snapshot of the one, and clones of that, instead of copies"
+            found.append(Finding(clone, "id-twice", what, str(places.delta(clone)), todo))
             continue
         cut_off.add(own_id)
         repaired = False
@@ -163,7 +173,7 @@ def check_leftovers(places: Places, clones: Sequence[str], repair: bool) -> list
             what = f"layer {layer_id.hex()}: no snapshot is called it, and nothing is above it"
             todo = "the next rm clears it, and so does --repair, when nobody has it open"
             found.append(Finding("", "leftover", what, str(path), todo, NOTE, repaired=path in gone))
-    return found
+    return found, cut_off
 
 
 def _cut_off(places: Places, clone: str, own_id: bytes) -> list[Path]:
@@ -225,7 +235,8 @@ class ContentCheck:
         except OSError as error:
             what = f"its content was not looked at: {os.strerror(error.errno or 0)}"
             todo = "check it as the owner of the pool, or see to the disk"
-            yield Finding(name, "unreadable", what, str(path.parent), todo)
+            level = NOTE if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else WRONG
+            yield Finding(name, "unreadable", what, str(path.parent), todo, level)
 
     def _run(self, fd: int, path: Path, name: str, header: Header) -> Iterator[Finding]:
         fs, directory = self._places.fs, path.parent
@@ -238,7 +249,9 @@ class ContentCheck:
             record = LayerRecord.load(directory / RECORD, fs)
             problem = None
             if (record.id, record.size) != (header.id, header.size):
-                problem = Finding(name, "record-damaged", "its layer.json is another layer's", str(directory / RECORD), "")
+                problem = Finding(
+                    name, "record-damaged", "its layer.json is another layer's", str(directory / RECORD), ""
+                )
         except NotFound:
             if not any(digest == UNREADABLE for _, digest in hashes):
                 record_manifest(fs, directory, header, hashes)
@@ -253,7 +266,9 @@ class ContentCheck:
         manifest, manifest_problem = self._manifest(name, directory, header)
         if problem is None and found == record.fingerprint:
             if manifest != found:
-                yield from self._renew_manifest(manifest_problem or _differs(name, directory), directory, header, hashes)
+                yield from self._renew_manifest(
+                    manifest_problem or _differs(name, directory), directory, header, hashes
+                )
             return
         if manifest == found:  # content and manifest agree
             what = problem.what if problem else "its layer.json has another fingerprint than content and manifest"

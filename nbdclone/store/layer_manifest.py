@@ -87,7 +87,7 @@ class LayerRecord:
                 bytes.fromhex(fields["fingerprint"]),
                 int(fields["hashed"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StorageError(f"{path}: not a layer's record ({error})") from None
         if len(record.id) != 16 or len(record.fingerprint) != HASH_SIZE:
             raise StorageError(f"{path}: not a layer's record (an id or a fingerprint of another length)")

@@ -67,7 +67,7 @@ class Snapshot(NamedTuple):
             with open(fd, encoding="ascii") as file:
                 read = json.loads(file.read(MAX_RECORD))
             layer, created = bytes.fromhex(read["layer"]), int(read["created"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StorageError(f"{path}: not a snapshot's record ({error})") from None
         if len(layer) != 16:
             raise StorageError(f"{path}: not a snapshot's record (an id of {len(layer)} bytes)")

@@ -96,7 +96,7 @@ def take_snapshot(places: Places, clone: Clone, snapshot: str) -> None:
                     clone.stack(commit, places.layer(old.id))
                 finally:
                     if not committed:
-                        with contextlib.suppress(OSError):
+                        with contextlib.suppress(OSError, StorageError):
                             clear_cut_off(places, name, old.id)
         finally:
             if not committed:
@@ -127,7 +127,9 @@ def clear_cut_off(places: Places, name: str, own_id: bytes) -> None:
     fs = places.fs
     layer = places.layer(own_id).parent
     if layer.is_dir() and (above := needed_layers(places, places.names_in(places.clones)).get(own_id)):
-        raise StorageError(f"clone '{name}' has the id of a layer that {sorted(above)[0]!r} needs: it is a copy of that")
+        raise StorageError(
+            f"clone '{name}' has the id of a layer that {sorted(above)[0]!r} needs: it is a copy of that"
+        )
     directory = places.clones / name / SNAPSHOTS
     if directory.is_dir():
         removed = False
