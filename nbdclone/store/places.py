@@ -67,7 +67,7 @@ class Snapshot(NamedTuple):
             with open(fd, encoding="ascii") as file:
                 read = json.loads(file.read(MAX_RECORD))
             layer, created = bytes.fromhex(read["layer"]), int(read["created"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StorageError(f"{path}: not a snapshot's record ({error})") from None
         if len(layer) != 16:
             raise StorageError(f"{path}: not a snapshot's record (an id of {len(layer)} bytes)")
@@ -135,11 +135,11 @@ class Places:
         finally:
             self.fs.close(fd)
 
-    def snapshots(self, clone: str, own_id: bytes | None = None) -> dict[str, Snapshot]:
+    def snapshots(self, clone: str, own_id: bytes | None = None, *, strict: bool = False) -> dict[str, Snapshot]:
         """The snapshots of a clone by name, oldest first. ``own_id``: of its delta, if that is known.
 
         One whose layer is still the clone's own delta was cut off before its commit, and does not count. One that
-        cannot be read is left out.
+        cannot be read is left out; ``strict``: raises StorageError.
         """
         directory = self.clones / clone / SNAPSHOTS
         found: dict[str, Snapshot] = {}
@@ -151,7 +151,7 @@ class Places:
             with contextlib.suppress(NBDCloneError, OSError):
                 own_id = self.header(self.delta(clone)).id
         for name in names:
-            with contextlib.suppress(NBDCloneError):
+            with contextlib.suppress(NotFound if strict else NBDCloneError):
                 found[name] = Snapshot.load(directory / name, self.fs)
         counting = [item for item in found.items() if item[1].layer != own_id]
         return dict(sorted(counting, key=lambda item: (item[1].created, item[0])))
