@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -145,6 +146,16 @@ class Host:
         tasks = {connection.task for connection in ending if connection.task is not None}
         if tasks:
             await asyncio.wait(tasks)
+
+    def kept_closed(self, names: Sequence[str], *, disconnect: bool) -> AbstractAsyncContextManager[None]:
+        """As Exports does it; with ``disconnect`` the clients that are there are made to go."""
+
+        async def leave() -> None:
+            for name in names:
+                if disconnect:
+                    await self.disconnect(name)
+
+        return self._exports.kept_closed(names, leave)
 
     def _with(self, name: str) -> list[Connection]:
         return [connection for connection in self._in_order() if connection.export_name == name]

@@ -35,6 +35,7 @@ from nbdclone.server.process import Process, describe_status
 from nbdclone.server.quiet import QuietLog
 from nbdclone.server.settings import parse_settings, read_text
 from nbdclone.server.tls import ServerTLS
+from nbdclone.store.names import split_name
 from nbdclone.store.pool import Pool
 
 logger = logging.getLogger("nbdclone")
@@ -344,8 +345,10 @@ class Supervisor:
         elif verb == "progress":
             self._jobs.note(number, *message["progress"])
         else:
-            owner = self._owners.claim(number, message["name"], here=message.get("here", False))
-            self._ephemerals.claimed(message["name"])
+            # A snapshot is where its clone is: what is done to the names of both is done there.
+            clone = split_name(message["name"])[0]
+            owner = self._owners.claim(number, clone, here=message.get("here", False))
+            self._ephemerals.claimed(clone)
             if self._processes[owner].ending or not self._processes[owner].settled.is_set():
                 self._parked.append((process, message, fd))
             elif verb == "claim":

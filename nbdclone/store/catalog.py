@@ -78,13 +78,22 @@ class SnapshotInfo:
     error: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LayerInfo(SnapshotInfo):
+    """A layer whose snapshot was removed, and that something stands on; its name is its id."""
+
+    kind: ClassVar[str] = "layer"
+
+
 Info = BaseInfo | CloneInfo | SnapshotInfo
 
 
 class Catalog:
     """The content of a pool at one moment: what was asked once is remembered."""
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: Places, *, unnamed: bool = False) -> None:
+        """``unnamed``: layers without a name are not passed over."""
+        self._unnamed = unnamed
         self._places = places
         self._fs = places.fs
         self._bases: dict[bytes, str] | None = None
@@ -116,6 +125,12 @@ class Catalog:
             children.setdefault(clone.base, []).append(clone.name)
         bases = [self._base(name, tuple(children.get(name, ()))) for name in places.names_in(places.bases)]
         found: list[Info] = [*bases, *clones, *snapshots]
+        if self._unnamed:
+            found += [
+                self._snapshot(name, Snapshot(layer_id, 0), LayerInfo)
+                for layer_id, name in self.named.items()
+                if name == layer_id.hex()
+            ]
         return sorted(found, key=lambda info: info.name)
 
     def info(self, name: str) -> Info:
@@ -177,14 +192,14 @@ class Catalog:
             os.path.exists(f"{self._places.clones}/{name}/{EPHEMERAL}"),
         )
 
-    def _snapshot(self, name: str, snapshot: Snapshot) -> SnapshotInfo:
+    def _snapshot(self, name: str, snapshot: Snapshot, kind: type[SnapshotInfo] = SnapshotInfo) -> SnapshotInfo:
         layer, created = snapshot.layer.hex(), snapshot.created / 1e9
         try:
             header, status = self._look(self._places.layer(snapshot.layer))
         except (NBDCloneError, OSError) as error:
-            return SnapshotInfo(name, layer, 0, 0, created, "", error=str(error))
+            return kind(name, layer, 0, 0, created, "", error=str(error))
         parent, base, missing = self._beneath(header)
-        return SnapshotInfo(name, layer, header.size, status.st_blocks * 512, created, parent, base, missing)
+        return kind(name, layer, header.size, status.st_blocks * 512, created, parent, base, missing)
 
     @functools.cached_property
     def _locks(self) -> Locks:
@@ -222,7 +237,8 @@ class Catalog:
         """The name of each layer that is a snapshot."""
         if self._named is None:
             places = self._places
-            self._named = {
+            self._named = {layer_id: layer_id.hex() for layer_id in places.layer_ids()} if self._unnamed else {}
+            self._named |= {
                 snapshot.layer: f"{clone}@{name}"
                 for clone in places.names_in(places.clones)
                 for name, snapshot in places.snapshots(clone).items()

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from nbdclone.errors import CloneFailed, CorruptDelta, FileTooLarge, InUse, NotFound, StorageError
+from nbdclone.errors import CloneFailed, CorruptDelta, InUse, NotFound, StorageError
 from nbdclone.store.delta_file import (
     HEADER_SLOTS,
     JOURNAL,
@@ -32,17 +32,20 @@ from nbdclone.store.delta_file import (
     RECORD_SLOTS,
     SEGMENT_SPAN,
     Header,
+    change_header,
     file_size,
     read_header,
     renew_header,
+    set_length,
 )
-from nbdclone.store.delta_map import DeltaMap
+from nbdclone.store.delta_map import DeltaMap, cut_off
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem
 from nbdclone.store.journal import MAX_BLOCKS, Journal
 from nbdclone.store.layer import (
     BITMAP_SIZE,
+    BLOCK_SIZE,
     BLOCKS_PER_SEGMENT,
-    SEGMENT_SIZE,
+    block_count,
     paint_delta,
 )
 from nbdclone.store.live import FILE_NAME as LIVE_NAME
@@ -91,15 +94,7 @@ class Delta:
         """
         fd = fs.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
-            try:
-                fs.ftruncate(fd, file_size(header.size))
-            except OSError as error:
-                if error.errno != errno.EFBIG:
-                    raise
-                raise FileTooLarge(
-                    f"a disk of {header.size} bytes needs a sparse file of {file_size(header.size)} bytes, "
-                    f"more than this file system takes (ext4: 16 TiB less 4 KiB); use a smaller size, or XFS"
-                ) from None
+            set_length(fd, header.size, fs, file_size(header.size))
             page = header.encode()
             for slot in HEADER_SLOTS:
                 fs.pwrite_all(fd, page, slot)
@@ -129,6 +124,8 @@ class Delta:
             if status.st_size < file_size(header.size):
                 raise CorruptDelta(str(path), f"truncated: {status.st_size} bytes of {file_size(header.size)}")
             renew_header(fd, path, header, fs)
+            if status.st_size > file_size(header.size):  # a change of the size was interrupted
+                cut_off(path, fd, header, fs)
             delta = cls(path, header, fd, fs)
             delta._inherit()
         except BaseException:
@@ -142,7 +139,7 @@ class Delta:
             marks: dict[int, bytearray] = {}
             for block, count in self._live.inherit():
                 segment, first = divmod(block, BLOCKS_PER_SEGMENT)
-                if segment * SEGMENT_SIZE < self.size and first + count <= BLOCKS_PER_SEGMENT:
+                if block + count <= block_count(self.size) and first + count <= BLOCKS_PER_SEGMENT:
                     _set_bits(marks.setdefault(segment, bytearray(BITMAP_SIZE)), first, first + count - 1)
             for segment, marked in marks.items():
                 self._merge(segment, marked)
@@ -416,6 +413,27 @@ class Delta:
             logger.exception("%s: its lock cannot be shared", path)
         self._live.discard()
         return Sealed(path, self.header, self.fd, self._fs)
+
+    def resize(self, size: int, overlap: int | None) -> None:
+        """Become the delta of a disk of ``size`` bytes, durably; ``overlap`` as in the header.
+
+        Nobody changes it meanwhile. Before it gets smaller everything is settled. Raises FileTooLarge, OSError: the
+        size is the old one then, or the new one.
+        """
+        self.require_sound()
+        shrinks, length = size < self.size, file_size(size)
+        if shrinks:  # longer than it has to be, it says that there may be something behind the disk's end (see cut_off)
+            length = max(file_size(self.size), length + BLOCK_SIZE)
+        set_length(self.fd, size, self._fs, length)
+        # Before the header says so: a power cut leaves a file that is too long, and nothing behind the old end.
+        self._fs.sync(self.fd)
+        # This is the commit. A power cut after it: the next to open the delta cuts off what is too much.
+        self.header = change_header(self.path, self._fs, size=size, overlap=overlap)
+        self.size = size
+        if shrinks:
+            cut_off(self.path, self.fd, self.header, self._fs)
+            self._map = DeltaMap(self.path, self.fd, self.header.id, self._fs)
+            self._lock = self._map.lock
 
     def moved(self, path: Path) -> None:
         """The file has another name now."""

@@ -229,9 +229,12 @@ class Pool:
         """The names of all bases, clones and snapshots, sorted: the exports of a server."""
         return Catalog(self.places).names()
 
-    def entries(self) -> list[Info]:
-        """Every base, clone and snapshot, sorted by name. One that is damaged is listed with its ``error``."""
-        return Catalog(self.places).entries()
+    def entries(self, *, unnamed: bool = False) -> list[Info]:
+        """Every base, clone and snapshot, sorted by name. One that is damaged is listed with its ``error``.
+
+        ``unnamed``: the layers too of which no snapshot is left, under their ids.
+        """
+        return Catalog(self.places, unnamed=unnamed).entries()
 
     def info(self, name: str) -> Info:
         """One of them. Raises NotFound. What depends on a base is known when all clones were looked at."""

@@ -26,8 +26,13 @@ def remove(places: Places, names: Sequence[str], still: Callable[[], bool] = lam
     _Removal(places, list(dict.fromkeys(names)), still).run()
 
 
+def require_removable(places: Places, names: Sequence[str]) -> None:
+    """Raise what :func:`remove` would raise of these, and change nothing."""
+    _Removal(places, list(dict.fromkeys(names))).look()
+
+
 class _Removal:
-    def __init__(self, places: Places, names: list[str], still: Callable[[], bool]) -> None:
+    def __init__(self, places: Places, names: list[str], still: Callable[[], bool] = lambda: True) -> None:
         self._places = places
         self._still = still
         self._fs = places.fs
@@ -44,14 +49,7 @@ class _Removal:
                 if not self._still():
                     return
                 places.clear_leftovers()
-                found = [places.place(name) for name in names]
-                for name in self._snapshots:
-                    places.snapshot(name)
-                layered = bool(places.layer_ids())
-                if layered or any(place.parent == places.bases for place in found):
-                    self._refuse_dependants()
-                for name, place in zip(names, found, strict=True):
-                    self._hold(name, place, held)
+                found, layered = self._find(held)
                 for name, place in zip(names, found, strict=True):
                     thaw(self._fs, place / "image", name)
                 # Clones before bases: a power cut in between leaves no clone without its base. Straight into ``.tmp``,
@@ -68,6 +66,23 @@ class _Removal:
                 self._forget_snapshots()
                 if layered:
                     collect(places, held, self._going)
+
+    def look(self) -> None:
+        with contextlib.ExitStack() as held, self._places.changing():
+            self._find(held)
+
+    def _find(self, held: contextlib.ExitStack) -> tuple[list[Path], bool]:
+        """Where they are, locked, and whether there are layers. To be called when changing."""
+        places = self._places
+        found = [places.place(name) for name in self._names]
+        for name in self._snapshots:
+            places.snapshot(name)
+        layered = bool(places.layer_ids())
+        if layered or any(place.parent == places.bases for place in found):
+            self._refuse_dependants()
+        for name, place in zip(self._names, found, strict=True):
+            self._hold(name, place, held)
+        return found, layered
 
     def _discard(self) -> None:
         for _, trash in self._going:
