@@ -12,7 +12,7 @@ from typing import Any
 from blake3 import blake3
 
 from nbdclone.errors import InvalidStream
-from nbdclone.store.layer import MAX_LAYERS, MAX_SIZE, MIN_SIZE, SECTOR_SIZE
+from nbdclone.store.layer import BLOCK_SIZE, MAX_LAYERS, MAX_SIZE, MIN_SIZE, SECTOR_SIZE
 
 ID_SIZE = 16
 FINGERPRINT_SIZE = 32
@@ -38,14 +38,15 @@ class SentBase:
 
 @dataclass(frozen=True, slots=True)
 class SentLayer:
-    """A layer: the delta that a snapshot sealed. ``overlap``: how many bytes of what lies beneath are seen through it.
+    """A layer: the delta that a snapshot sealed. ``overlap``: how many bytes of what lies beneath are seen through it,
+    in whole blocks; None: all.
 
     ``snapshot`` is what the clone calls it; empty if that is another clone's snapshot.
     """
 
     id: bytes
     size: int
-    overlap: int
+    overlap: int | None
     created: int
     snapshot: str
     parent_name: str
@@ -151,7 +152,7 @@ def _layer(fields: dict[str, Any]) -> SentLayer:
     return SentLayer(
         _bytes(fields["id"], ID_SIZE, nonzero=True),
         _size(fields["size"]),
-        _number(fields["overlap"], MAX_SIZE),
+        _overlap(fields["overlap"]),
         _number(fields["created"]),
         _text(fields["snapshot"]),
         _text(fields["parent_name"]),
@@ -176,6 +177,15 @@ def _size(value: Any) -> int:
     if size < MIN_SIZE or size % SECTOR_SIZE:
         raise ValueError(f"{size} is not the size of a disk")
     return size
+
+
+def _overlap(value: Any) -> int | None:
+    if value is None:
+        return None
+    overlap = _number(value, MAX_SIZE)
+    if overlap % BLOCK_SIZE:
+        raise ValueError(f"{overlap} bytes are no whole blocks")
+    return overlap
 
 
 def _text(value: Any) -> str:
