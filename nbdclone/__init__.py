@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from nbdclone.server.limits import Limit
     from nbdclone.server.server import Server, serve
     from nbdclone.server.tls import ServerTLS
+    from nbdclone.store.catalog import BaseInfo, CloneInfo
     from nbdclone.store.clone import Clone
-    from nbdclone.store.pool import BaseInfo, CloneInfo, Pool
+from nbdclone.store.pool import Pool
 
 __version__ = "0.1.0"
 

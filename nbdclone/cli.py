@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from nbdclone.server.server import Server
     from nbdclone.server.supervisor import Supervisor
     from nbdclone.server.tls import ServerTLS
-    from nbdclone.store.pool import BaseInfo, CloneInfo, Pool
+    from nbdclone.store.catalog import Info
+    from nbdclone.store.pool import Pool
 
 app = typer.Typer(
     name="nbdclone",
@@ -150,7 +151,7 @@ def import_(
 
 @app.command()
 def clone(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A base.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A base, or a snapshot: CLONE@NAME.")],
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="The clones to make.")],
     size: Annotated[
         int | None, typer.Option("--size", parser=parse_size, metavar="SIZE", help="Larger than the source.")
@@ -189,6 +190,21 @@ def rm(names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Clone
 
 
 @app.command()
+def snapshot(
+    name: Annotated[
+        str, typer.Argument(metavar="CLONE@NAME", help="The clone, and what the snapshot is to be called.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Seal what a clone is now: clones can start from it, and the clone go back to it."""
+    made = _pool().snapshot(name)
+    if as_json:
+        _print_json(_as_dict(made))
+    else:
+        print(f"snapshot '{made.name}': {show_size(made.allocated)} on disk")
+
+
+@app.command()
 def ls(as_json: Json = False) -> None:
     """List bases and clones."""
     entries = _pool().entries()
@@ -198,8 +214,8 @@ def ls(as_json: Json = False) -> None:
     rows = [
         (
             entry.name,
-            _kind(entry),
-            getattr(entry, "parent", "-"),
+            entry.kind,
+            getattr(entry, "parent", None) or "-",
             show_size(entry.size),
             show_size(entry.allocated),
             _quota(entry),
@@ -214,26 +230,30 @@ def ls(as_json: Json = False) -> None:
 
 @app.command()
 def tree(as_json: Json = False) -> None:
-    """Draw bases with their clones."""
-    from nbdclone.store.pool import BaseInfo, CloneInfo
-
+    """Draw bases with their snapshots and clones."""
     entries = _pool().entries()
-    bases = [entry for entry in entries if isinstance(entry, BaseInfo)]
-    clones = [entry for entry in entries if isinstance(entry, CloneInfo)]
-    children: dict[str, list[CloneInfo]] = {base.name: [] for base in bases}
-    orphans: list[CloneInfo] = []
-    for clone in clones:
-        children.get(clone.parent, orphans).append(clone)
+    names = {entry.name for entry in entries}
+    children: dict[str | None, list[Info]] = {}
+    for entry in entries:
+        parent = getattr(entry, "parent", None)
+        children.setdefault(parent if parent in names else None, []).append(entry)
+
+    def nested(entry: Info) -> dict[str, Any]:
+        return _as_dict(entry) | {"children": [nested(child) for child in children.get(entry.name, ())]}
+
+    def draw(entry: Info, before: str) -> None:
+        print(_line(entry))
+        for child in (below := children.get(entry.name, [])):
+            last = child is below[-1]
+            print(f"{before}{'└' if last else '├'}── ", end="")
+            draw(child, before + ("    " if last else "│   "))
+
+    roots = sorted(children.get(None, ()), key=lambda entry: entry.kind != "base")
     if as_json:
-        nested = [_as_dict(base) | {"clones": [_as_dict(clone) for clone in children[base.name]]} for base in bases]
-        _print_json(nested + [_as_dict(orphan) for orphan in orphans])
+        _print_json([nested(root) for root in roots])
         return
-    for base in bases:
-        print(_line(base))
-        for child in children[base.name]:
-            print(f"{'└' if child is children[base.name][-1] else '├'}── {_line(child)}")
-    for orphan in orphans:
-        print(_line(orphan))
+    for root in roots:
+        draw(root, "")
 
 
 @app.command()
@@ -250,8 +270,9 @@ def info(name: str, as_json: Json = False) -> None:
     }
     if shown.get("quota"):
         shown["quota"] = f"{_quota(entry)} ({shown['quota']} bytes)"
-    if "clones" in shown:
-        shown["clones"] = ", ".join(shown["clones"]) or None
+    for several in ("clones", "snapshots"):
+        if several in shown:
+            shown[several] = ", ".join(shown[several]) or None
     width = max(map(len, shown)) + 2
     for key, value in shown.items():
         if value is not None:
@@ -532,29 +553,25 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def _kind(entry: BaseInfo | CloneInfo) -> str:
-    return "clone" if hasattr(entry, "parent") else "base"
+def _as_dict(entry: Info) -> dict[str, Any]:
+    return {"kind": entry.kind} | asdict(entry)
 
 
-def _as_dict(entry: BaseInfo | CloneInfo) -> dict[str, Any]:
-    return {"kind": _kind(entry)} | asdict(entry)
-
-
-def _state(entry: BaseInfo | CloneInfo) -> str:
+def _state(entry: Info) -> str:
     if entry.error:
         return entry.error
     if holder := getattr(entry, "in_use_by", None):
         return f"open in {holder}"
     clones = getattr(entry, "clones", ())
-    return f"{len(clones)} clone{'' if len(clones) == 1 else 's'}" if _kind(entry) == "base" else ""
+    return f"{len(clones)} clone{'' if len(clones) == 1 else 's'}" if entry.kind == "base" else ""
 
 
-def _line(entry: BaseInfo | CloneInfo) -> str:
+def _line(entry: Info) -> str:
     state = f"  ({entry.error})" if entry.error else ""
     return f"{entry.name}  {show_size(entry.size)}, {show_size(entry.allocated)} on disk{state}"
 
 
-def _quota(entry: BaseInfo | CloneInfo) -> str:
+def _quota(entry: Info) -> str:
     limit = getattr(entry, "quota", None)
     return show_size(limit) if limit else "-"
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from nbdclone import Client, Pool, Server
 from nbdclone.errors import NBDCloneError, UsageError
-from nbdclone.store.pool import BaseInfo, CloneInfo
+from nbdclone.store.catalog import BaseInfo, CloneInfo
 
 IMAGE_SIZE = 64 << 20
 CONTENT_SIZE = 12 << 20

@@ -112,11 +112,11 @@ def story(version: str, exported: Path, machine: Path, other: Path) -> None:
         attempt(f"{version} second server", lambda: serve(there))
         attempt(f"{version} third server", lambda: serve(beside))
     attempt(f"{version} next server", lambda: serve(there))
-    with here._staging() as staging:
+    with here.places.staging() as staging:
         there.create_clones("base", ["web4"])
         beside.create_clones("base", ["web5"])
         tell(f"{version} draft of the living", "there" if staging.exists() else "gone")
-    with elsewhere(here._staging()):
+    with elsewhere(here.places.staging()):
         tell(f"{version} drafts", len(os.listdir(there.path / ".tmp")))
     there.create_clones("base", ["web6"])
     tell(f"{version} drafts after a kill", len(os.listdir(there.path / ".tmp")))

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from nbdclone.errors import InvalidName
 from nbdclone.server.peer import Peer, Subject, parse_subject
-from nbdclone.store.pool import validate_name
+from nbdclone.store.names import validate_name
 
 # What makes a pattern of a name. None of it can be in a name.
 _PATTERN = re.compile(r"[*?\[]")

@@ -22,7 +22,8 @@ from nbdclone.store.fs import FILE_SYSTEM, FileSystem
 from nbdclone.store.image import BaseRecord, Progress, thaw_bases
 from nbdclone.store.live import FILE_NAME
 from nbdclone.store.locks import describe_process, holders, is_locked_directory
-from nbdclone.store.pool import ENTRIES, STAGING_LOCK, is_name
+from nbdclone.store.names import is_name
+from nbdclone.store.places import ENTRIES, STAGING_LOCK
 from nbdclone.store.repair import KEPT, repair
 
 # A clone that is open elsewhere is looked at this often, this far apart: a page in flight is written in microseconds.

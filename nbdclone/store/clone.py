@@ -4,6 +4,10 @@ For each segment that is in use, one byte per block says which layer owns it (0:
 is put together when the segment is first touched, from the maps of all layers, and from then on the depth of the chain
 does not show: a read looks up its owner and goes straight to that file.
 
+The chain may change while the disk is in use: a snapshot puts a new delta on top (:meth:`Clone.stack`), and the layers
+beneath the top are exchanged for others of the same content (:meth:`Clone.relayer`). A read finishes with the chain
+that it began with.
+
 Every operation stands here twice, in effect: ``*_nowait`` never waits for a disk and raises BlockingIOError where it
 would have to, for an event loop to try first; the plain one waits, for a thread. A ``*_nowait`` that raised may have
 been done in part; doing the whole operation again finishes it.
@@ -18,8 +22,9 @@ import contextlib
 import errno
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from types import TracebackType
 
 from nbdclone.errors import NBDCloneError, UsageError
@@ -43,11 +48,34 @@ from nbdclone.store.layer import (
 BLOCK_MASK = BLOCK_SIZE - 1
 # How many stretches of a disk are looked at for one question about its extents: some 10 us of a thread each.
 MAX_EXTENTS = 4096
+# How much is read, and written, at a time when blocks are copied up.
+COPY_SIZE = 1 << 20
 _RUN = re.compile(rb"(.)\1*", re.DOTALL)
 _SOMEWHERE = re.compile(rb"[^\0]+")
 _ZERO_BLOCK = bytes(BLOCK_SIZE)
 
 Buffer = bytes | bytearray | memoryview
+
+
+class _Chain:
+    """The layers of a disk, and its map of owners. ``readers`` are under way in threads; it is closed after them."""
+
+    __slots__ = ("fds", "layers", "owners", "readers", "retired", "strides")
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = tuple(layers)
+        # By owner; NOWHERE is never looked up.
+        self.fds = [-1, *(layer.fd for layer in layers)]
+        self.strides = [0, *(layer.stride for layer in layers)]
+        self.owners: dict[int, bytes | bytearray] = {}
+        self.readers = 0
+        self.retired: tuple[Layer, ...] = ()  # to be closed after the last reader
+
+    def push(self, layer: Layer, sealed: Layer) -> None:
+        """Put a layer on top, beneath which is ``sealed``: the same file as what was there, under the same number."""
+        self.fds.append(layer.fd)
+        self.strides.append(layer.stride)
+        self.layers = (*self.layers[:-1], sealed, layer)
 
 
 class Clone:
@@ -61,19 +89,33 @@ class Clone:
         top = layers[-1]
         self.name = name
         self.size = top.size
-        self.layers = tuple(layers)
         self._delta = top if isinstance(top, Delta) else None
-        self._top = len(layers)
         self._fs = fs
         self._preadv = fs.preadv
         self._pwrite = fs.pwrite
         self._nowait = fs.NOWAIT
-        # By owner; NOWHERE is never looked up.
-        self._fds = [-1, *(layer.fd for layer in layers)]
-        self._strides = [0, *(layer.stride for layer in layers)]
-        self._owners: dict[int, bytes | bytearray] = {}
+        self._use(_Chain(layers))
         self._changing = threading.Lock()
+        self._counting = threading.Lock()
         self._closed = False
+
+    def _use(self, chain: _Chain) -> None:
+        self._chain = chain
+        self._top = len(chain.layers)
+        # The same again, for what is on the hot path.
+        self._fds = chain.fds
+        self._strides = chain.strides
+        self._owners = chain.owners
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The chain at present, from the bottom upwards."""
+        return self._chain.layers
+
+    @property
+    def delta(self) -> Delta:
+        """The delta on top. Raises UsageError if the disk is read-only."""
+        return self._writable()
 
     @property
     def read_only(self) -> bool:
@@ -93,7 +135,8 @@ class Clone:
 
     def reads_base(self, offset: int, length: int) -> bool:
         """Is any of the range read from the layer at the bottom? May wait for the disk. Raises OSError."""
-        return any(owner == 1 for owner, _, _ in self._runs(offset, length, nowait=False))
+        with self._reading() as chain:
+            return any(owner == 1 for owner, _, _ in self._runs(chain, offset, length, nowait=False))
 
     def pread(self, length: int, offset: int) -> bytes:
         """Read ``length`` bytes at ``offset``. Raises UsageError beyond the end, OSError."""
@@ -104,7 +147,8 @@ class Clone:
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` from ``offset``; the range must be inside the disk. Raises OSError."""
-        self._read(view, offset, nowait=False)
+        with self._reading() as chain:
+            self._read(chain, view, offset, nowait=False)
 
     def read_all(self, ranges: Sequence[tuple[int, int]]) -> list[bytearray | Exception]:
         """Read some short ranges, (offset, length) inside the disk, that are on their way together: data or error of
@@ -118,7 +162,7 @@ class Clone:
         for offset, length in ranges:
             data = bytearray(length)
             try:
-                self._read(memoryview(data), offset, nowait=False)
+                self.read_into(memoryview(data), offset)
             except (OSError, NBDCloneError) as error:
                 found.append(error)
             else:
@@ -146,7 +190,7 @@ class Clone:
                 raise BlockingIOError(errno.EAGAIN, "not in memory, or only a part")
             self._read_runs_nowait(view, offset, bytes(owners[first:end]))
             return
-        self._read(view, offset, nowait=True)
+        self._read(self._chain, view, offset, nowait=True)
 
     def _read_runs_nowait(self, view: memoryview, offset: int, owners: bytes) -> None:
         """A range within one segment whose blocks have these owners: what ``_read`` does, with less for each run."""
@@ -168,27 +212,43 @@ class Clone:
                 raise
             raise BlockingIOError(errno.EAGAIN, "this file system cannot say whether it would wait") from None
 
-    def _read(self, view: memoryview, offset: int, nowait: bool) -> None:
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[_Chain]:
+        """The chain, for a reader in a thread: it is not closed before him."""
+        with self._counting:
+            chain = self._chain
+            chain.readers += 1
+        try:
+            yield chain
+        finally:
+            with self._counting:
+                chain.readers -= 1
+                retired = () if chain.readers else chain.retired
+                chain.retired = () if retired else chain.retired
+            for layer in retired:
+                layer.close()
+
+    def _read(self, chain: _Chain, view: memoryview, offset: int, nowait: bool) -> None:
         done = 0
-        for owner, position, length in self._runs(offset, len(view), nowait):
+        for owner, position, length in self._runs(chain, offset, len(view), nowait):
             part = view[done : done + length]
             done += length
             if owner == NOWHERE:
                 part[:] = bytes(length)
                 continue
-            at = position + (position // SEGMENT_SIZE + 1) * self._strides[owner]
+            at = position + (position // SEGMENT_SIZE + 1) * chain.strides[owner]
             if nowait:
-                if self._fs.preadv_nowait(self._fds[owner], (part,), at) != length:
+                if self._fs.preadv_nowait(chain.fds[owner], (part,), at) != length:
                     raise BlockingIOError(errno.EAGAIN, "only a part is in memory")
                 continue
-            count = self._fs.pread_all(self._fds[owner], [part], at, length)
+            count = self._fs.pread_all(chain.fds[owner], [part], at, length)
             if count < length:
                 # The end of a base that is no whole number of blocks; or a file that is shorter than it was.
-                if self._strides[owner] or at + count < self.layers[owner - 1].size:
+                if chain.strides[owner] or at + count < chain.layers[owner - 1].size:
                     raise OSError(errno.EIO, f"'{self.name}': layer {owner} ends at byte {at + count} of its file")
                 part[count:] = bytes(length - count)
 
-    def _runs(self, offset: int, length: int, nowait: bool) -> Iterator[tuple[int, int, int]]:
+    def _runs(self, chain: _Chain, offset: int, length: int, nowait: bool) -> Iterator[tuple[int, int, int]]:
         """The range as (owner, offset, length), each within one segment, in order."""
         end = offset + length
         while offset < end:
@@ -197,7 +257,7 @@ class Clone:
             stop = min(end, origin + SEGMENT_SIZE)
             first, last = (offset - origin) >> BLOCK_SHIFT, (stop - origin + BLOCK_MASK) >> BLOCK_SHIFT
             # A copy: a write beside this may change the map between the finding of a run and the look at its owner.
-            owners = bytes(self._owners_of(segment, nowait)[first:last])
+            owners = bytes(self._owners_of(chain, segment, nowait)[first:last])
             begin = origin + (first << BLOCK_SHIFT)
             # Nearly always; the search takes half a millisecond for a segment.
             if owners == bytes(owners[:1]) * len(owners):
@@ -209,24 +269,25 @@ class Clone:
                 yield run[0][0], start, min(stop, begin + (run.end() << BLOCK_SHIFT)) - start
             offset = stop
 
-    def _owners_of(self, segment: int, nowait: bool) -> bytes | bytearray:
-        owners = self._owners.get(segment)
+    def _owners_of(self, chain: _Chain, segment: int, nowait: bool) -> bytes | bytearray:
+        owners = chain.owners.get(segment)
         if owners is None:
             painted = uniform(NOWHERE)
-            for index, layer in enumerate(self.layers, start=1):
+            for index, layer in enumerate(chain.layers, start=1):
                 painted = layer.paint(segment, painted, index, nowait)
             if painted == uniform(painted[0]):
                 painted = uniform(painted[0])
             # Another thread may have been here first, and may have changed its map since: the first one stays.
-            owners = self._owners.setdefault(segment, painted)
+            owners = chain.owners.setdefault(segment, painted)
         return owners
 
     def prefetch(self, offset: int, length: int) -> None:
         """Ask the kernel to bring the range into memory."""
-        for owner, position, count in self._runs(offset, length, nowait=False):
-            if owner != NOWHERE:
-                at = position + (position // SEGMENT_SIZE + 1) * self._strides[owner]
-                self._fs.will_need(self._fds[owner], at, count)
+        with self._reading() as chain:
+            for owner, position, count in self._runs(chain, offset, length, nowait=False):
+                if owner != NOWHERE:
+                    at = position + (position // SEGMENT_SIZE + 1) * chain.strides[owner]
+                    self._fs.will_need(chain.fds[owner], at, count)
 
     def extents(self, offset: int, length: int, limit: int = MAX_EXTENTS) -> Iterator[Extent]:
         """Tell, in order and without gaps, from where the range is read; neighbours that are alike are one.
@@ -237,28 +298,29 @@ class Clone:
         """
         self._require_inside(offset, length)
         last: Extent | None = None
-        for extent in islice(self._stretches(offset, length), limit):
-            if last is not None and last[1:] == extent[1:]:
-                last = last._replace(length=last.length + extent.length)
-                continue
-            if last is not None:
-                yield last
-            last = extent
+        with self._reading() as chain:
+            for extent in islice(self._stretches(chain, offset, length), limit):
+                if last is not None and last[1:] == extent[1:]:
+                    last = last._replace(length=last.length + extent.length)
+                    continue
+                if last is not None:
+                    yield last
+                last = extent
         if last is not None:
             yield last
 
-    def _stretches(self, offset: int, length: int) -> Iterator[Extent]:
+    def _stretches(self, chain: _Chain, offset: int, length: int) -> Iterator[Extent]:
         """The same, unbounded and unmerged: each within one segment and one layer."""
-        for owner, start, count in self._runs(offset, length, nowait=False):
+        for owner, start, count in self._runs(chain, offset, length, nowait=False):
             if owner == NOWHERE:
                 yield Extent(count, NOWHERE, 0, True)
                 continue
-            depth = self._top - owner + 1
-            shift = (start // SEGMENT_SIZE + 1) * self._strides[owner]
+            depth = len(chain.layers) - owner + 1
+            shift = (start // SEGMENT_SIZE + 1) * chain.strides[owner]
             stop = start + count
             # Whole blocks, and data rather than a hole where a block is a bit of both. A hole that is filled at this
             # moment was one when the question came; a block that was written before is data by its file already.
-            for hole, end in data_and_holes(self._fs, self._fds[owner], start + shift, stop + shift, BLOCK_SIZE):
+            for hole, end in data_and_holes(self._fs, chain.fds[owner], start + shift, stop + shift, BLOCK_SIZE):
                 yield Extent(end - shift - start, owner, depth, hole)
                 start = end - shift
 
@@ -333,10 +395,78 @@ class Clone:
         self._closed = True
         try:
             if self._delta:
-                self._delta.settle_all()
+                self._delta.finish()
         finally:
-            for layer in self.layers:
+            for layer in (*self._chain.layers, *self._chain.retired):
                 layer.close()
+
+    # The chain
+
+    def stack(self, commit: Callable[[], Delta], layer: Path) -> None:
+        """Make the delta a layer, and go on with another on top of it: what a snapshot does to an open disk.
+
+        Changes wait meanwhile, reads go on. When the delta is settled, and nobody changes it, ``commit`` puts the new
+        delta in its place in the pool, and returns it, open; the old one is the layer at ``layer`` then. If ``commit``
+        raises, nothing happened. Constant time: the map of owners stays as it is.
+        """
+        with self._changing:
+            delta = self._writable()
+            if self._top >= MAX_LAYERS:
+                raise UsageError(
+                    f"'{self.name}' has {MAX_LAYERS} layers, as many as there may be: remove a snapshot first"
+                )
+            delta.settle_all()
+            new = commit()
+            self._chain.push(new, delta.seal(layer))
+            self._delta = new
+            self._top += 1
+
+    def relayer(self, layers: Sequence[Layer]) -> None:
+        """Exchange the layers beneath the delta for others with which the disk has the same content.
+
+        To be called where no ``*_nowait`` runs: on the event loop. Raises BlockingIOError if a change is under way. The
+        layers that were there are closed when nobody reads through them any more.
+        """
+        if not self._changing.acquire(blocking=False):
+            raise BlockingIOError(errno.EAGAIN, "a change is under way")
+        try:
+            old, delta = self._chain, self._writable()
+            with self._counting:
+                self._use(_Chain([*layers, delta]))
+                gone = (*old.retired, *old.layers[:-1])
+                old.retired = gone if old.readers else ()
+            if not old.readers:
+                for layer in gone:
+                    layer.close()
+        finally:
+            self._changing.release()
+
+    def copy_up(self, offset: int, length: int, *, holes: bool = False) -> int:
+        """Make the delta own these whole blocks with the content that they have. Returns how many bytes it took over.
+
+        Nothing changes for a reader. What beneath is a hole stays there, unless ``holes`` is set. Not durable before a
+        flush. Raises OSError (EDQUOT, ENOSPC), CloneFailed.
+        """
+        if offset + length == self.size:  # the last block goes whole, although the disk may end within it
+            length = block_count(self.size) * BLOCK_SIZE - offset
+        assert not (offset | length) & BLOCK_MASK
+        taken = 0
+        buffer = memoryview(bytearray(min(length, COPY_SIZE)))
+        try:
+            with self._changing:
+                self._writable().begin_changes(nowait=False)
+                start = offset
+                for extent in list(self._stretches(self._chain, offset, length)):
+                    if extent.origin not in (self._top, NOWHERE) and (holes or not extent.hole):
+                        for at in range(start, start + extent.length, COPY_SIZE):
+                            part = buffer[: min(COPY_SIZE, start + extent.length - at)]
+                            self._read_block(part, at, nowait=False)
+                            self._write_blocks(part, at, nowait=False)
+                            taken += len(part)
+                    start += extent.length
+        finally:
+            self.note_marks()
+        return taken
 
     def _write(self, view: memoryview, offset: int, nowait: bool) -> None:
         if not self._changing.acquire(not nowait):
@@ -373,7 +503,7 @@ class Clone:
         segment, within = divmod(offset, SEGMENT_SIZE)
         owners = self._owners.get(segment)
         if owners is None:
-            owners = self._owners_of(segment, nowait)
+            owners = self._owners_of(self._chain, segment, nowait)
         delta = self._delta
         assert delta is not None
         length = len(view)
@@ -428,7 +558,7 @@ class Clone:
     def _zero_blocks(self, offset: int, length: int, nowait: bool, allocate: bool) -> None:
         """Zero whole blocks within one segment. Blocks that are nowhere stay there, unless they are to be allocated."""
         segment, within = divmod(offset, SEGMENT_SIZE)
-        owners = self._owners_of(segment, nowait)
+        owners = self._owners_of(self._chain, segment, nowait)
         if owners is uniform(NOWHERE) and not allocate:
             return  # untouched: looking for something in it takes 0.2 ms, and a disk may have 100,000 such segments
         delta = self._writable()
@@ -463,7 +593,7 @@ class Clone:
     def _write_partial(self, view: memoryview, offset: int, nowait: bool) -> None:
         """Write a part of one block. A block that is not ours yet is copied up with the new bytes in it."""
         segment, within = divmod(offset, SEGMENT_SIZE)
-        owner = self._owners_of(segment, nowait)[within >> BLOCK_SHIFT]
+        owner = self._owners_of(self._chain, segment, nowait)[within >> BLOCK_SHIFT]
         lead = offset & BLOCK_MASK
         block = bytearray(BLOCK_SIZE)
         delta = self._writable()
@@ -483,10 +613,12 @@ class Clone:
         block[lead : lead + len(view)] = view
         self._write_blocks(memoryview(block), offset - lead, nowait)
 
-    def _read_block(self, block: bytearray, offset: int, nowait: bool) -> None:
-        """Read one block; beyond the end of the disk, in its last block, there are zeros."""
-        count = min(BLOCK_SIZE, self.size - offset)
-        self._read(memoryview(block)[:count], offset, nowait)
+    def _read_block(self, block: bytearray | memoryview, offset: int, nowait: bool) -> None:
+        """Read whole blocks; beyond the end of the disk, in its last block, there are zeros."""
+        view = memoryview(block)
+        count = min(len(view), self.size - offset)
+        self._read(self._chain, view[:count], offset, nowait)
+        view[count:] = bytes(len(view) - count)
 
     def _settle(self, block: int, count: int, nowait: bool) -> None:
         """Blocks [block, block + count) of the disk are about to be changed: see that they may be."""

@@ -18,12 +18,12 @@ import functools
 import logging
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from nbdclone.errors import CloneFailed, CorruptDelta, FileTooLarge, NotFound, StorageError
+from nbdclone.errors import CloneFailed, CorruptDelta, FileTooLarge, InUse, NotFound, StorageError
 from nbdclone.store.delta_file import (
-    EMPTY_BITMAP,
     HEADER_SLOTS,
     JOURNAL,
     MAP_SLOTS,
@@ -43,11 +43,12 @@ from nbdclone.store.layer import (
     BITMAP_SIZE,
     BLOCKS_PER_SEGMENT,
     SEGMENT_SIZE,
-    paint_bitmap,
-    uniform,
+    paint_delta,
 )
+from nbdclone.store.live import FILE_NAME as LIVE_NAME
 from nbdclone.store.live import LiveMap
 from nbdclone.store.quota import Quota
+from nbdclone.store.sealed import Sealed
 from nbdclone.store.young import Young
 
 logger = logging.getLogger("nbdclone")
@@ -168,6 +169,11 @@ class Delta:
             self._map.dirty.add(segment)
             self._young.lose_count()
 
+    def finish(self) -> None:
+        """Leave everything durable and in order, before a close."""
+        self.settle_all()
+        self._live.discard()
+
     def close(self) -> None:
         """Close the file and let go of the lock. What was not flushed is not made durable."""
         if self._failure:
@@ -198,12 +204,7 @@ class Delta:
         return self._map.damaged_pages
 
     def paint(self, segment: int, owners: bytes, index: int, nowait: bool) -> bytes:
-        bitmap = self._map.load(segment, nowait).bitmap
-        if bitmap == EMPTY_BITMAP:
-            return owners
-        if bitmap.count(0xFF) == BITMAP_SIZE:
-            return uniform(index)
-        return paint_bitmap(owners, bitmap, index)
+        return paint_delta(segment, owners, self._map.load(segment, nowait).bitmap, index, self.header.overlap)
 
     def reserve(self, segment: int, nowait: bool) -> None:
         """Take the space for the segment's map: before its first block is written, so that no flush meets a full disk.
@@ -386,12 +387,15 @@ class Delta:
         try:
             self._fs.datasync(self.fd)
         except OSError as error:
-            reason = os.strerror(error.errno or errno.EIO)
-            self._failure = f"{self.path}: a sync failed ({reason}): no more writes until it is reopened"
-            self._hindered = True
-            logger.error("%s", self._failure)
+            self._fail(error)
             self._live.note_failure()
             raise
+
+    def _fail(self, error: OSError) -> None:
+        reason = os.strerror(error.errno or errno.EIO)
+        self._failure = f"{self.path}: a sync failed ({reason}): no more writes until it is reopened"
+        self._hindered = True
+        logger.error("%s", self._failure)
 
     def _mirror(self, due: set[int], noted: dict[int, bytes]) -> None:
         """After a flush: ``due`` and quiet segments get their page in both slots. The copies are not synced here."""
@@ -401,8 +405,37 @@ class Delta:
         with contextlib.suppress(OSError):
             self._map.mirror(due - self._earlier.keys())
 
+    def seal(self, path: Path) -> Sealed:
+        """Become the layer at ``path``: the same file, which was settled, and of which nothing is written any more.
+
+        Others may open it from now on. This object is not to be used any more.
+        """
+        try:
+            self._fs.lock(self.fd, path, f"layer {self.header.id.hex()}", shared=True)
+        except (OSError, InUse, StorageError):  # it stays ours alone, until the clone is closed
+            logger.exception("%s: its lock cannot be shared", path)
+        self._live.discard()
+        return Sealed(path, self.header, self.fd, self._fs)
+
+    def moved(self, path: Path) -> None:
+        """The file has another name now."""
+        self.path = path
+        self._live.path = path.with_name(LIVE_NAME)
+        self._map.path = path
+
+    def guard(self, work: Callable[[], object]) -> None:
+        """Do what makes the file's name durable. If that fails, nothing that is written here can be promised."""
+        try:
+            work()
+        except OSError as error:
+            self._fail(error)
+
+    def discard(self) -> None:
+        """The file is not the clone's any more: nothing of it is to be inherited."""
+        self._live.discard()
+
     def settle_all(self) -> None:
-        """Flush, and leave each map page in both slots, durable, and no records: what a close does."""
+        """Flush, and leave each map page in both slots, durable, and no records."""
         if self._map.torn:
             self.touched()  # there is something for the flush to do
         with self._flushing:
@@ -419,7 +452,6 @@ class Delta:
                 self._sync()
             if self._map.dirty:  # a page that was to be copied had rotted
                 self._flush(journaling=False)
-        self._live.discard()
 
 
 def _set_bits(bitmap: bytearray, first: int, last: int) -> None:

@@ -54,11 +54,15 @@ VERSION = 1
 MAGIC = b"NBDDELTA"
 # Features that a reader must know. There may be records of blocks that the map does not tell of yet.
 JOURNAL = 1
-KNOWN_FEATURES = JOURNAL
+# Not all of the parent is seen: ``overlap`` says how much.
+OVERLAP = 2
+KNOWN_FEATURES = JOURNAL | OVERLAP
 # Header: magic, version, block size, features that a reader must know, features that it may ignore, sequence, id,
 # parent's id, fingerprint of the base, size, time of creation (Unix, ns), length of the parent's name, that name, the
-# quota.
-HEADER = struct.Struct(">8sIIQQQ16s16s32sQQH255sQ")
+# quota, the origin's id, the overlap.
+HEADER = struct.Struct(">8sIIQQQ16s16s32sQQH255sQ16sQ")
+# The id of a parent that is not there: what the delta does not hold reads as zeros.
+NO_PARENT = bytes(16)
 # The last four bytes of the header's page: CRC-32 (as in zlib) of the 4092 before them.
 CHECKSUM = struct.Struct(">I")
 # Map page: magic, CRC-32 of all that follows, segment, sequence, first eight bytes of the delta's id; then the bitmap.
@@ -74,8 +78,11 @@ EMPTY_PAGE = bytes(PAGE_SIZE)
 class Header:
     """What a delta says of itself. ``parent_name`` is for people and for a first guess: the id is what counts.
 
-    ``quota`` is how many bytes the file may take on the disk; 0: no end of it. ``features`` are those that a reader
-    must know; a delta that was made before there was a journal has none.
+    ``parent_id`` is that of a base or of a layer, and ``fingerprint`` that of the base at the bottom. ``quota`` is how
+    many bytes the file may take on the disk; 0: no end of it. ``origin`` is the id of what the clone was made from,
+    zeros where that is the parent. ``overlap`` is how many bytes of the parent are seen, in whole blocks: a disk that
+    was made smaller, and larger again, reads zeros behind them; None: all. ``features`` are those that a reader must
+    know; a delta that was made before there was a journal has none.
     """
 
     id: bytes
@@ -87,12 +94,15 @@ class Header:
     sequence: int = 1
     quota: int = 0
     features: int = JOURNAL
+    origin: bytes = NO_PARENT
+    overlap: int | None = None
 
     def encode(self) -> bytes:
         name = self.parent_name.encode()
+        features = self.features | (OVERLAP if self.overlap is not None else 0)
         body = HEADER.pack(
-            MAGIC, VERSION, BLOCK_SIZE, self.features, 0, self.sequence, self.id, self.parent_id, self.fingerprint,
-            self.size, self.created, len(name), name, self.quota,
+            MAGIC, VERSION, BLOCK_SIZE, features, 0, self.sequence, self.id, self.parent_id, self.fingerprint,
+            self.size, self.created, len(name), name, self.quota, self.origin, self.overlap or 0,
         ).ljust(PAGE_SIZE - CHECKSUM.size, b"\0")  # fmt: skip
         return body + CHECKSUM.pack(zlib.crc32(body))
 
@@ -100,7 +110,20 @@ class Header:
     def decode(cls, page: bytes, path: str) -> Header:
         """Raises CorruptDelta or UnsupportedFormat."""
         fields = HEADER.unpack_from(page)
-        magic, version, block_size, features, _ignored, sequence, *identity, name_length, name, quota = fields
+        (
+            magic,
+            version,
+            block_size,
+            features,
+            _ignored,
+            sequence,
+            *identity,
+            name_length,
+            name,
+            quota,
+            origin,
+            overlap,
+        ) = fields
         if magic != MAGIC:
             raise CorruptDelta(path, "not a delta (no NBDDELTA at its start)")
         if len(page) != PAGE_SIZE or zlib.crc32(page[: -CHECKSUM.size]) != CHECKSUM.unpack(page[-CHECKSUM.size :])[0]:
@@ -115,7 +138,20 @@ class Header:
             fields_read = f"block size {block_size}, size {size}, name of {name_length} bytes"
             raise CorruptDelta(path, f"its header makes no sense ({fields_read})")
         parent_name = name[:name_length].decode(errors="replace")
-        return cls(own_id, parent_id, fingerprint, size, created, parent_name, sequence, quota, features)
+        seen = overlap if features & OVERLAP else None
+        return cls(
+            own_id,
+            parent_id,
+            fingerprint,
+            size,
+            created,
+            parent_name,
+            sequence,
+            quota,
+            features & ~OVERLAP,
+            origin,
+            seen,
+        )
 
 
 def encode_map_page(segment: int, sequence: int, delta_id: bytes, bitmap: bytes) -> bytes:

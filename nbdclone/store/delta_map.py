@@ -58,7 +58,7 @@ class DeltaMap:
         self.lost_page = False  # a durable page had rotted: the next flush must not put off writing it
         self.damaged_pages: list[str] = []  # slots that failed their checksum; the other slot served
         self.segments: dict[int, Segment] = {}
-        self._path = path
+        self.path = path
         self._fd = fd
         self._id = delta_id
         self._fs = fs
@@ -69,7 +69,7 @@ class DeltaMap:
         """The map of a segment. Raises CorruptDelta; BlockingIOError if ``nowait`` and it is not in memory."""
         state = self.segments.get(segment)
         if state is None:
-            state = self._read(segment, nowait)
+            state = self.read(segment, nowait)
             # Two threads may have read it at once: one of the results becomes the segment's for both.
             state = self.segments.setdefault(segment, state)
             if state.torn:
@@ -77,7 +77,8 @@ class DeltaMap:
                     self.torn.add(segment)
         return state
 
-    def _read(self, segment: int, nowait: bool) -> Segment:
+    def read(self, segment: int, nowait: bool) -> Segment:
+        """The same from the file, and not kept: for who asks once."""
         start = segment * SEGMENT_SPAN
         pages = [read_page(self._fs, self._fd, start + slot, nowait) for slot in MAP_SLOTS]
         read = [decode_map_page(page, segment, self._id) for page in pages]
@@ -97,7 +98,7 @@ class DeltaMap:
         # Both slots empty: never written. One empty and one torn: its first write was cut off before it was durable.
         # Neither empty: something that was durable is gone.
         if EMPTY_PAGE not in pages:
-            raise CorruptDelta(str(self._path), f"both copies of the map page of segment {segment} fail their checksum")
+            raise CorruptDelta(str(self.path), f"both copies of the map page of segment {segment} fail their checksum")
         slot = 1 if pages[1] == EMPTY_PAGE else 0
         torn = pages[1 - slot] != EMPTY_PAGE
         return Segment(EMPTY_BITMAP, sequence=0, slot=slot, alone=True, torn=torn, reserved=False)
@@ -106,7 +107,7 @@ class DeltaMap:
         what = f"map page of segment {segment}, slot {'AB'[slot]}"
         if what not in self.damaged_pages:
             self.damaged_pages.append(what)
-            logger.warning("%s: the %s fails its checksum; the other slot serves", self._path, what)
+            logger.warning("%s: the %s fails its checksum; the other slot serves", self.path, what)
 
     # Writing
 

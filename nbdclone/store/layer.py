@@ -84,6 +84,18 @@ def paint_bitmap(owners: bytes, bitmap: bytes | bytearray, index: int) -> bytes:
     return painted.to_bytes(BLOCKS_PER_SEGMENT, "little")
 
 
+def paint_delta(segment: int, owners: bytes, bitmap: bytes | bytearray, index: int, overlap: int | None) -> bytes:
+    """Return ``owners`` with ``index`` where the bitmap of a delta says; what lies beneath ends at ``overlap``."""
+    if overlap is not None:
+        seen = min(max(overlap // BLOCK_SIZE - segment * BLOCKS_PER_SEGMENT, 0), BLOCKS_PER_SEGMENT)
+        owners = owners[:seen] + uniform(NOWHERE)[seen:]
+    if not any(bitmap):
+        return owners
+    if bitmap.count(0xFF) == BITMAP_SIZE:
+        return uniform(index)
+    return paint_bitmap(owners, bitmap, index)
+
+
 def block_count(size: int) -> int:
     """How many blocks a disk of ``size`` bytes has; the last may be partial."""
     return -(-size // BLOCK_SIZE)

@@ -14,7 +14,8 @@ from serving import open_files, until
 
 from nbdclone.server.budget import MIN_MEMORY
 from nbdclone.server.supervisor import Supervisor
-from nbdclone.store.pool import CloneInfo, Pool
+from nbdclone.store.catalog import CloneInfo
+from nbdclone.store.pool import Pool
 
 
 @asynccontextmanager

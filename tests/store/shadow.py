@@ -80,6 +80,19 @@ class ShadowFileSystem(FileSystem):
         before, after = self._directory(source.parent), self._directory(target.parent)
         change_entries((before, source.name, None), (after, target.name, before.entries[source.name]))
 
+    def link(self, source: Path, target: Path) -> None:  # type: ignore[override]
+        self.on_step()
+        os.link(source, target)
+        change_entries(
+            (self._directory(target.parent), target.name, self._directory(source.parent).entries[source.name])
+        )
+
+    def unlink(self, path: Path) -> None:  # type: ignore[override]
+        if path.exists():  # a step only if there is something to remove
+            self.on_step()
+        os.unlink(path)
+        change_entries((self._directory(path.parent), path.name, None))
+
     def remove_tree(self, path: Path, ignore_errors: bool = False) -> None:  # type: ignore[override]
         self.on_step()
         FileSystem.remove_tree(path, ignore_errors=ignore_errors)

@@ -228,19 +228,19 @@ class Tree:
         else:
             kept = [change for change in pending if rng.random() < 0.5]
         after = Tree()
-        after.root = _rebuilt(self.root, kept, rng)
+        after.root = _rebuilt(self.root, kept, rng, {})
         return after
 
     @classmethod
     def load(cls, path: Path) -> Tree:
         """A directory of a real file system, all of it durable."""
         tree = cls()
-        tree.root = _read_in(path)
+        tree.root = _read_in(path, {})
         return tree
 
     def write_to(self, path: Path) -> None:
         """Put all of it into an empty directory of a real file system."""
-        _write_out(self.root, path)
+        _write_out(self.root, path, {})
 
 
 def _settle(node: File | Directory) -> None:
@@ -260,7 +260,8 @@ def _collect(directory: Directory, changes: dict[int, EntryChange]) -> None:
             _collect(child, changes)
 
 
-def _rebuilt(directory: Directory, kept: list[EntryChange], rng: random.Random) -> Directory:
+def _rebuilt(directory: Directory, kept: list[EntryChange], rng: random.Random, files: dict[int, File]) -> Directory:
+    """``files``: those that were met before, under another name."""
     entries = dict(directory.durable)
     for change in kept:
         for where, name, node in change.parts:
@@ -268,29 +269,40 @@ def _rebuilt(directory: Directory, kept: list[EntryChange], rng: random.Random) 
                 _put(entries, name, node)
     found: dict[str, File | Directory] = {}
     for name, node in entries.items():
-        found[name] = node.crash(rng) if isinstance(node, File) else _rebuilt(node, kept, rng)
+        if isinstance(node, File):
+            if id(node) not in files:
+                files[id(node)] = node.crash(rng)
+            found[name] = files[id(node)]
+        else:
+            found[name] = _rebuilt(node, kept, rng, files)
     return Directory(found, dict(found))
 
 
-def _read_in(path: Path) -> Directory:
+def _read_in(path: Path, files: dict[int, File]) -> Directory:
     entries: dict[str, File | Directory] = {}
     for child in path.iterdir():
         if child.is_dir():
-            entries[child.name] = _read_in(child)
+            entries[child.name] = _read_in(child, files)
+        elif (inode := child.stat().st_ino) in files:
+            entries[child.name] = files[inode]
         else:
             content = child.read_bytes().ljust(-(-child.stat().st_size // SECTOR) * SECTOR, b"\0")
             sectors = {at // SECTOR: content[at : at + SECTOR] for at in range(0, len(content), SECTOR)}
             sectors = {number: sector for number, sector in sectors.items() if sector != ZEROS}
-            entries[child.name] = File(child.stat().st_size, sectors, child.stat().st_size, dict(sectors))
+            files[inode] = File(child.stat().st_size, sectors, child.stat().st_size, dict(sectors))
+            entries[child.name] = files[inode]
     return Directory(entries, dict(entries))
 
 
-def _write_out(directory: Directory, path: Path) -> None:
+def _write_out(directory: Directory, path: Path, written: dict[int, Path]) -> None:
     for name, node in directory.entries.items():
         if isinstance(node, Directory):
             (path / name).mkdir()
-            _write_out(node, path / name)
+            _write_out(node, path / name, written)
+        elif id(node) in written:
+            os.link(written[id(node)], path / name)
         else:
+            written[id(node)] = path / name
             with open(path / name, "xb") as file:
                 file.truncate(node.size)
                 for number, content in node.cached.items():

@@ -22,6 +22,7 @@ from nbdclone.store.image import BaseRecord, fingerprint_of, read_manifest
 from nbdclone.store.pool import Pool
 
 BASE = b"".join(stamp(1, sector) for sector in range(24))
+WRITTEN = BASE[:4090] + b"written" + BASE[4097:]
 OTHER = b"".join(stamp(2, sector) for sector in range(40))
 STATES_PER_STEP = int(os.environ.get("POOL_STATES_PER_STEP", "25"))
 # Of those that tell a sync that is missing, one in ten or so shows it.
@@ -34,9 +35,10 @@ class Operation(NamedTuple):
     run: Callable[[Pool], object]
     before: frozenset[str]
     after: frozenset[str]
+    contents: dict[str, bytes] | None = None  # where it is not what the names have otherwise
 
 
-ALL = frozenset({"base", "web1", "web2"})
+ALL = frozenset({"base", "web1", "web1@first", "web2"})
 
 
 def import_other(pool: Pool) -> None:
@@ -52,7 +54,23 @@ def create_two(pool: Pool) -> None:
 
 
 def remove_one(pool: Pool) -> None:
-    pool.remove(["web1"])
+    pool.remove(["web2"])
+
+
+def snapshot(pool: Pool) -> None:
+    pool.snapshot("web1@second")
+
+
+def first_snapshot(pool: Pool) -> None:
+    pool.snapshot("web2@first")
+
+
+def clone_snapshot(pool: Pool) -> None:
+    pool.create_clones("web1@first", ["new"])
+
+
+def remove_snapshot(pool: Pool) -> None:
+    pool.remove(["web1@first"])
 
 
 def remove_all(pool: Pool) -> None:
@@ -63,8 +81,12 @@ OPERATIONS = {
     "import": Operation(import_other, ALL, ALL | {"other"}),
     "create": Operation(create_one, ALL, ALL | {"new"}),
     "create two": Operation(create_two, ALL, ALL | {"new", "newer"}),
-    "remove": Operation(remove_one, ALL, ALL - {"web1"}),
+    "remove": Operation(remove_one, ALL, ALL - {"web2"}),
     "remove a base with its clones": Operation(remove_all, ALL, frozenset()),
+    "snapshot": Operation(snapshot, ALL, ALL | {"web1@second"}),
+    "first snapshot": Operation(first_snapshot, ALL, ALL | {"web2@first"}),
+    "clone of a snapshot": Operation(clone_snapshot, ALL, ALL | {"new"}, {"new": WRITTEN}),
+    "remove a snapshot": Operation(remove_snapshot, ALL, ALL - {"web1@first"}),
 }
 
 
@@ -78,6 +100,9 @@ def make_root(root: Path) -> Path:
     pool.create_clones("base", ["web1", "web2"])
     with pool.open_clone("web1") as clone:
         clone.pwrite(b"written", 4090)
+    pool.snapshot("web1@first")
+    with pool.open_clone("web1") as clone:
+        clone.pwrite(b"again", 8190)
     return root
 
 
@@ -101,7 +126,10 @@ def root(model: Path, tmp_path: Path) -> Path:
 CONTENTS = {
     "base": BASE,
     "other": OTHER,
-    "web1": BASE[:4090] + b"written" + BASE[4097:],
+    "web1": WRITTEN[:8190] + b"again" + WRITTEN[8195:],
+    "web1@first": WRITTEN,
+    "web1@second": WRITTEN[:8190] + b"again" + WRITTEN[8195:],
+    "web2@first": BASE,
     "web2": BASE,
     "new": BASE,
     "newer": BASE,
@@ -110,6 +138,7 @@ CONTENTS = {
 
 def require_whole(root: Path, operation: Operation, *, done: bool = False) -> None:
     """The pool has the names that it may have, and each is whole; then it goes on, and clears what was left."""
+    contents = operation.contents or {}
     pool = Pool.open(root / "pool")
     names = set(pool.names())
     assert operation.before & operation.after <= names <= operation.before | operation.after, names
@@ -118,7 +147,7 @@ def require_whole(root: Path, operation: Operation, *, done: bool = False) -> No
     assert not names or names <= {"other"} or "base" in names, "clones without their base"
     for name in names:
         with pool.open_clone(name) as clone:
-            assert clone.pread(clone.size, 0) == CONTENTS[name], name
+            assert clone.pread(clone.size, 0) == contents.get(name, CONTENTS[name]), name
     for info in pool.entries():
         assert info.error is None
     for name in names & {"base", "other"}:

@@ -356,7 +356,7 @@ def test_deep_takes_no_memory_for_the_size_of_the_image(tmp_path: Path) -> None:
 
 def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_stay(pool: Pool) -> None:
     left = pool.path / ".tmp" / "left"
-    with pool._staging() as alive:
+    with pool.places.staging() as alive:
         (left / "base").mkdir(parents=True)
         (left / "base" / "image").write_bytes(b"half")
         found = check(pool)

@@ -205,7 +205,7 @@ def test_flushes_go_to_the_two_slots_in_turn(path: Path) -> None:
 def test_a_quiet_page_stands_in_both_slots_after_a_close(path: Path) -> None:
     delta = opened(path)
     store(delta, 5, b"x" * BLOCK_SIZE)
-    delta.settle_all()
+    delta.finish()
     delta.close()
     content = path.read_bytes()
     first, second = (content[slot : slot + PAGE_SIZE] for slot in MAP_SLOTS)

@@ -262,7 +262,7 @@ def test_three_layers_count_from_both_ends(sparse_pool: Pool) -> None:
             *[Extent(b(1), 2, 2, False), Extent(b(1), 3, 1, False)],
             *[Extent(b(2), 2, 2, False), Extent(b(1), 1, 3, False)],
         ]
-        over.settle_all()
+        over.finish()
         over.close()
 
 

@@ -20,9 +20,10 @@ import pytest
 import nbdclone
 from nbdclone.errors import BaseChanged, InUse, StorageError, UsageError
 from nbdclone.store import locks
+from nbdclone.store.catalog import CloneInfo
 from nbdclone.store.fs import FileSystem
 from nbdclone.store.locks import Mount, mount_of
-from nbdclone.store.pool import CloneInfo, Pool
+from nbdclone.store.pool import Pool
 
 
 @contextlib.contextmanager

@@ -28,11 +28,12 @@ from nbdclone.errors import (
     UnsupportedFormat,
     UsageError,
 )
+from nbdclone.store.catalog import BaseInfo, CloneInfo
 from nbdclone.store.delta_file import HEADER_SLOTS, PAGE_SIZE
 from nbdclone.store.fs import FileSystem
 from nbdclone.store.image import BaseRecord, Image
 from nbdclone.store.layer import MAX_SIZE
-from nbdclone.store.pool import BaseInfo, CloneInfo, Pool
+from nbdclone.store.pool import Pool
 
 # The pool's directory
 
@@ -440,7 +441,7 @@ def test_leftovers_of_the_dead_are_cleared_by_the_next_and_those_of_the_living_a
     leftover.mkdir()
     (leftover / "image").write_bytes(b"x" * 100)
     (leftover / "image").chmod(0o444)
-    with pool._staging() as mine:
+    with pool.places.staging() as mine:
         assert not leftover.exists()
         pool.create_clones("base", ["web1"])
         assert mine.exists()

@@ -17,12 +17,13 @@ from simulated import PAGE, SimulatedFileSystem
 from test_full_disk import ALL_PAGES, FullDisk, delta_of
 
 from nbdclone.store import quota
+from nbdclone.store.catalog import CloneInfo
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import HEADER_SLOTS, PAGE_SIZE, Header, change_header, read_header
 from nbdclone.store.fs import FILE_SYSTEM
 from nbdclone.store.layer import BLOCK_SIZE
-from nbdclone.store.pool import CloneInfo, Pool
+from nbdclone.store.pool import Pool
 from nbdclone.store.quota import Quota
 
 MIB = 1 << 20

@@ -1,0 +1,91 @@
+"""Opening what is in a pool: a base, a snapshot, a clone with all the layers beneath it."""
+
+from __future__ import annotations
+
+import contextlib
+
+from nbdclone.errors import BaseChanged, CorruptDelta, NBDCloneError, NotFound
+from nbdclone.store.clone import Clone
+from nbdclone.store.delta import Delta
+from nbdclone.store.delta_file import NO_PARENT, Header
+from nbdclone.store.image import Image
+from nbdclone.store.layer import MAX_LAYERS, Layer
+from nbdclone.store.names import split_name
+from nbdclone.store.places import Places
+from nbdclone.store.sealed import Sealed
+
+
+def open_disk(places: Places, name: str) -> Clone:
+    """Open a clone for reading and writing, a base or a snapshot for reading.
+
+    Raises NotFound, InUse (who has it), BaseChanged (base, clone and difference), CorruptDelta, UnsupportedFormat.
+    """
+    if split_name(name)[1] is not None:
+        return Clone(name, open_snapshot(places, name), places.fs)
+    place = places.place(name)
+    if place.parent == places.bases:
+        return Clone(name, [Image.open(name, place, places.fs)], places.fs)
+    delta = Delta.open(place / "delta", f"clone '{name}'", places.fs)
+    try:
+        beneath = open_beneath(places, f"clone '{name}'", delta.header)
+    except BaseException:
+        delta.close()
+        raise
+    return Clone(name, [*beneath, delta], places.fs)
+
+
+def open_snapshot(places: Places, name: str) -> list[Layer]:
+    """The layers of a snapshot, from the bottom upwards. Raises NotFound, and what :func:`open_disk` raises."""
+    what = f"snapshot '{name}'"
+    top = Sealed.open(places.layer(places.snapshot(name).layer), what, places.fs)
+    try:
+        return [*open_beneath(places, what, top.header), top]
+    except BaseException:
+        top.close()
+        raise
+
+
+def open_beneath(places: Places, what: str, header: Header) -> list[Layer]:
+    """The layers beneath the delta with that header, from the bottom upwards. ``what`` begins the messages."""
+    with contextlib.ExitStack() as held:
+        found: list[Layer] = []
+        seen = {header.id}
+        while header.parent_id != NO_PARENT:
+            if header.parent_id in seen or len(found) >= MAX_LAYERS - 1:
+                raise CorruptDelta(str(places.path), f"{what} is beneath itself, or on more than {MAX_LAYERS} layers")
+            seen.add(header.parent_id)
+            try:
+                layer = Sealed.open(
+                    places.layer(header.parent_id), f"{what}: layer {header.parent_id.hex()}", places.fs
+                )
+            except NotFound:
+                base = open_parent(places, what, header)
+                held.callback(base.close)
+                found.append(base)
+                break
+            held.callback(layer.close)
+            found.append(layer)
+            header = layer.header
+        held.pop_all()
+    return found[::-1]
+
+
+def open_parent(places: Places, what: str, header: Header) -> Image:
+    """The base that is the parent. Raises BaseChanged and what else makes a base unreadable."""
+    try:
+        parent = places.find_base(header)
+    except NBDCloneError as error:
+        raise type(error)(f"{what} is refused: its base '{header.parent_name}': {error}") from None
+    if parent is None:
+        raise BaseChanged(f"{what}: its base '{header.parent_name}' ({header.parent_id.hex()}) is missing")
+    try:
+        base = Image.open(parent, places.bases / parent, places.fs)
+    except BaseChanged as error:
+        raise BaseChanged(f"{what} is refused: {error}") from None
+    if base.record.fingerprint != header.fingerprint:
+        base.close()
+        raise BaseChanged(
+            f"{what} is refused: it was made when base '{parent}' had the fingerprint "
+            f"{header.fingerprint.hex()[:16]}, and the base has {base.record.fingerprint.hex()[:16]} now"
+        )
+    return base

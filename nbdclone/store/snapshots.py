@@ -1,0 +1,196 @@
+"""Snapshots: a clone's delta becomes a layer, and the clone goes on with a new one.
+
+The order of a snapshot ``web1@golden``, at each step of which the power may fail:
+
+1. The delta is flushed; a new delta, whose parent is the old one's id, is made and durable in ``.tmp``.
+2. The old delta's file gets a second name, ``layers/ID/delta``, and ``clones/web1/snapshots/golden`` says ID. Neither
+   counts yet, for ID is still the id of the clone's own delta: who comes after a crash clears them away.
+3. Nobody changes the clone; the delta is settled, so that its map alone says what it holds.
+4. The new delta is renamed over ``clones/web1/delta``. That is the commit: ID is another's id now, and the name counts.
+
+Going back is one step: a new delta over the layer is renamed over the clone's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+from nbdclone.errors import NameTaken, NotFound, UsageError
+from nbdclone.store.catalog import Catalog
+from nbdclone.store.clone import Clone
+from nbdclone.store.delta import Delta
+from nbdclone.store.delta_file import NO_PARENT, Header
+from nbdclone.store.image import BaseRecord
+from nbdclone.store.layer import MAX_LAYERS
+from nbdclone.store.names import validate_name
+from nbdclone.store.places import SNAPSHOTS, Places, Snapshot
+
+
+def origin_of(header: Header) -> bytes:
+    """The id of what a clone was made from: a base's, a layer's, or NO_PARENT."""
+    return header.origin if header.origin != NO_PARENT else header.parent_id
+
+
+def successor(header: Header, parent_id: bytes, parent_name: str, **changes: object) -> Header:
+    """The header of the delta that comes in the place of the one with ``header``, empty, over another parent."""
+    return replace(
+        header,
+        id=uuid.uuid4().bytes,
+        parent_id=parent_id,
+        parent_name=parent_name,
+        origin=origin_of(header),
+        created=time.time_ns(),
+        sequence=1,
+        overlap=None,
+        **changes,  # type: ignore[arg-type]
+    )
+
+
+def take_snapshot(places: Places, clone: Clone, snapshot: str) -> None:
+    """Make ``clone@snapshot`` of a clone that is open, and may be in use: changes wait for some milliseconds.
+
+    Constant time, but for the flush of what was written before. Raises UsageError and its children (nothing was
+    changed), OSError, CloneFailed.
+    """
+    validate_name(snapshot)
+    name, fs = clone.name, places.fs
+    own = places.clones / name
+    if clone.read_only:
+        raise UsageError(f"'{name}' is read-only: snapshots are made of clones")
+    if len(clone.layers) >= MAX_LAYERS:
+        raise UsageError(f"'{name}' has {MAX_LAYERS} layers, as many as there may be: remove a snapshot first")
+    clone.flush()  # most of it before anybody has to wait
+    with places.no_space_left(f"snapshot '{name}@{snapshot}'"), places.staging() as staging:
+        old = clone.delta.header
+        Delta.create(staging / "delta", successor(old, old.id, f"{name}@{snapshot}"), fs)
+        _write(staging / "record", Snapshot(old.id, time.time_ns()).dump(), places)
+        fs.mkdir(staging / "layer")
+        fs.link(own / "delta", staging / "layer" / "delta")
+        fs.sync_directory(staging / "layer")
+        new = Delta.open(staging / "delta", f"clone '{name}'", fs)
+        committed = False
+        try:
+            with places.changing():
+                _require_present(places, clone)
+                clear_cut_off(places, name, old.id)
+                if snapshot in places.snapshots(name, old.id):
+                    raise NameTaken(f"there is a snapshot '{name}@{snapshot}' already")
+                try:
+                    _place(places, staging, own, old.id, snapshot)
+
+                    def commit() -> Delta:
+                        nonlocal committed
+                        fs.rename(staging / "delta", own / "delta")
+                        committed = True
+                        new.moved(own / "delta")
+                        new.guard(lambda: fs.sync_directory(own))
+                        return new
+
+                    clone.stack(commit, places.layer(old.id))
+                finally:
+                    if not committed:
+                        with contextlib.suppress(OSError):
+                            clear_cut_off(places, name, old.id)
+        finally:
+            if not committed:
+                new.close()
+
+
+def _place(places: Places, staging: Path, own: Path, layer_id: bytes, snapshot: str) -> None:
+    """Give the layer and the snapshot their names, durably. They do not count yet."""
+    fs = places.fs
+    if not places.layers.is_dir():
+        fs.mkdir(places.layers)
+        fs.sync_directory(places.path)
+    fs.rename(staging / "layer", places.layer(layer_id).parent)
+    fs.sync_directory(places.layers)
+    if not (own / SNAPSHOTS).is_dir():
+        fs.mkdir(own / SNAPSHOTS)
+        fs.sync_directory(own)
+    fs.rename(staging / "record", own / SNAPSHOTS / snapshot)
+    fs.sync_directory(own / SNAPSHOTS)
+
+
+def clear_cut_off(places: Places, name: str, own_id: bytes) -> None:
+    """Remove what a snapshot left that did not come to its commit: its names. To be called when changing.
+
+    Before the clone's delta gets another id: for then they would count.
+    """
+    fs = places.fs
+    directory = places.clones / name / SNAPSHOTS
+    if directory.is_dir():
+        removed = False
+        for entry in os.listdir(directory):
+            with contextlib.suppress(Exception):
+                if Snapshot.load(directory / entry, fs).layer == own_id:
+                    fs.unlink(directory / entry)
+                    removed = True
+        if removed:
+            fs.sync_directory(directory)
+    layer = places.layer(own_id).parent
+    if layer.is_dir():
+        fs.remove_tree(layer)
+        fs.sync_directory(places.layers)
+
+
+def go_back(places: Places, name: str, snapshot: str | None) -> None:
+    """Let a clone be as its snapshot is; None: as what it was made from is. What it changed since is gone.
+
+    Constant time. Raises NotFound, InUse that names who has the clone open, and nothing was changed.
+    """
+    fs = places.fs
+    own = places.place(name)
+    if own.parent == places.bases:
+        raise UsageError(f"'{name}' is a base, and never changes")
+    what = f"rollback of '{name}'" if snapshot else f"reset of '{name}'"
+    with places.no_space_left(what), places.staging() as staging:
+        delta = Delta.open(own / "delta", f"clone '{name}'", fs)
+        try:
+            target, shown, size = _target(places, name, delta.header, snapshot)
+            Delta.create(staging / "delta", successor(delta.header, target, shown, size=size), fs)
+            with places.changing():
+                _target(places, name, delta.header, snapshot)  # it may have been removed meanwhile
+                clear_cut_off(places, name, delta.header.id)
+                fs.rename(staging / "delta", own / "delta")
+                fs.sync_directory(own)
+            delta.discard()
+        finally:
+            delta.close()
+
+
+def _target(places: Places, name: str, header: Header, snapshot: str | None) -> tuple[bytes, str, int]:
+    """The id and name of the parent to be, and the size of the disk."""
+    if snapshot is not None:
+        layer = places.snapshot(f"{name}@{snapshot}").layer
+        return layer, f"{name}@{snapshot}", places.header(places.layer(layer)).size
+    origin = origin_of(header)
+    if origin == NO_PARENT:
+        raise UsageError(f"'{name}' was not made from anything that is still there: it cannot be reset")
+    if places.layer(origin).exists():
+        layer_header = places.header(places.layer(origin))
+        return origin, Catalog(places).named.get(origin, ""), max(layer_header.size, header.size)
+    base = places.find_base(replace(header, parent_id=origin))
+    if base is None:
+        raise NotFound(f"what '{name}' was made from ({origin.hex()}) is not there any more")
+    return origin, base, max(BaseRecord.load(places.bases / base / "base.json").size, header.size)
+
+
+def _require_present(places: Places, clone: Clone) -> None:
+    path = places.delta(clone.name)
+    if not places.fs.still_there(path, places.fs.fstat(clone.delta.fd)):
+        raise NotFound(f"clone '{clone.name}' was removed just now ({path})")
+
+
+def _write(path: Path, content: bytes, places: Places) -> None:
+    fs = places.fs
+    fd = fs.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        fs.pwrite_all(fd, content, 0)
+        fs.sync(fd)
+    finally:
+        fs.close(fd)
