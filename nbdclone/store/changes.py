@@ -98,9 +98,7 @@ def _ranges_in(layers: Sequence[Layer], further: Sequence[tuple[int, int]], size
         yield begin, end - begin
 
 
-def _spans_in(
-    layers: Sequence[Layer], further: Sequence[tuple[int, int]], segment: int
-) -> Iterator[tuple[int, int]]:
+def _spans_in(layers: Sequence[Layer], further: Sequence[tuple[int, int]], segment: int) -> Iterator[tuple[int, int]]:
     """The same within a segment, as blocks [first, last) of it."""
     owned = [layer.paint(segment, _NOTHING, 1, nowait=False) for layer in layers]
     for start, stop in further:

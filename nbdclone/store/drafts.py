@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,8 +155,3 @@ def forget(places: Places) -> int:
                 places.fs.remove_tree(path)
                 count += 1
     return count
-
-
-def age_of(path: Path) -> float:
-    """How long ago, in seconds, something was noted in it."""
-    return time.time() - os.stat(path).st_mtime

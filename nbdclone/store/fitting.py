@@ -10,7 +10,7 @@ import contextlib
 from dataclasses import dataclass, field
 
 from nbdclone.errors import NameTaken, NBDCloneError, NotFound, UsageError
-from nbdclone.store.changes import identity_of
+from nbdclone.store.changes import identity_of, owned_ranges
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import NO_PARENT, Header
 from nbdclone.store.image import BaseRecord, Image
@@ -64,7 +64,7 @@ def fit(places: Places, head: Head, name: str | None, base_name: str | None) -> 
         raise UsageError("the stream's last layer is no snapshot, or two of them have one name")
     with contextlib.ExitStack() as held:
         here, beneath = _here(places, head)
-        held.callback(lambda: [layer.close() for layer in beneath])
+        held.callback(_close, beneath)
         new_base = None
         if beneath:
             parent = identity_of(beneath[-1])
@@ -142,17 +142,18 @@ def _close(chain: list[Layer]) -> None:
 
 def _open_base(places: Places, head: Head) -> list[Layer]:
     """The base, told by its fingerprint; nothing if it comes with the stream. Raises NotFound."""
-    assert head.base is not None
-    for name in sorted(places.names_in(places.bases), key=lambda name: name != head.base.name):  # type: ignore[union-attr]
+    base = head.base
+    assert base is not None
+    for name in sorted(places.names_in(places.bases), key=lambda name: name != base.name):
         with contextlib.suppress(NBDCloneError):
             record = BaseRecord.load(places.bases / name / "base.json")
-            if record.fingerprint == head.base.fingerprint and record.size == head.base.size:
+            if record.fingerprint == base.fingerprint and record.size == base.size:
                 return [Image.open(name, places.bases / name, places.fs)]
     if head.with_base:
         return []
     raise NotFound(
-        f"the stream stands on base '{head.base.name}' ({head.base.size} bytes, fingerprint "
-        f"{head.base.fingerprint.hex()[:16]}), which is not in {places.path}: import the same image, or send it with "
+        f"the stream stands on base '{base.name}' ({base.size} bytes, fingerprint "
+        f"{base.fingerprint.hex()[:16]}), which is not in {places.path}: import the same image, or send it with "
         f"--with-base"
     )
 
@@ -232,8 +233,6 @@ def require_unchanged(places: Places, plan: Plan, *, force: bool) -> Header:
 
 
 def _require_still_there(plan: Plan, header: Header, ids: list[bytes], names: dict[bytes, str], delta: Delta) -> None:
-    from nbdclone.store.changes import owned_ranges
-
     since = f"since '{plan.head.parent_name}', which the stream is relative to"
     way_out = "--force rolls it back"
     expected = {plan.head.parent, *(layer.id for layer in plan.head.layers)}

@@ -79,9 +79,27 @@ def import_image(
             size, hashes = _take_converted(source, target, force, fs)
     finally:
         os.close(source_fd)
+    return record_base(directory, size, hashes, str(source.absolute()), fs, immutable=immutable)
+
+
+def record_base(
+    directory: Path,
+    size: int,
+    hashes: dict[int, bytes],
+    source: str,
+    fs: FileSystem,
+    *,
+    base_id: bytes | None = None,
+    created: int | None = None,
+    immutable: bool = False,
+) -> BaseRecord:
+    """Write the manifest and the record of the image in ``directory``, durably, with the hashes of its chunks.
+
+    ``base_id``, ``created``: if it is a base that was made before. From here on, nobody writes to the image.
+    """
     _write_manifest(directory / "manifest", hashes, size, fs)
     fingerprint = fingerprint_of(size, read_manifest(directory / "manifest", size))
-    fd = fs.open(target, os.O_RDONLY | os.O_CLOEXEC)
+    fd = fs.open(directory / "image", os.O_RDONLY | os.O_CLOEXEC)
     try:
         if immutable:
             _forbid_changes(fd, fs)
@@ -89,9 +107,8 @@ def import_image(
         identity = Identity.of(fs.fstat(fd))
     finally:
         fs.close(fd)
-    record = BaseRecord(
-        uuid.uuid4().bytes, size, fingerprint, time.time_ns(), str(source.absolute()), identity, samples
-    )
+    base_id, created = base_id or uuid.uuid4().bytes, created or time.time_ns()
+    record = BaseRecord(base_id, size, fingerprint, created, source, identity, samples)
     save(directory / "base.json", record.dump(), fs)
     return record
 

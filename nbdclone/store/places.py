@@ -20,6 +20,7 @@ import contextlib
 import errno
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,6 +38,10 @@ SETTINGS = "settings.toml"
 SNAPSHOTS = "snapshots"
 # Held, in a directory of ``.tmp``, by whoever makes something there.
 STAGING_LOCK = ".lock"
+# How the directories in ``.tmp`` begin that keep what came of a stream, and for how long: time to notice, and to send
+# the rest of it. ('nbdclone receive --forget' does not wait.)
+RECEIVED = "receive-"
+KEEP_RECEIVED_S = 14 * 86400
 # The socket of the running server.
 CONTROL = ".control"
 # What is in a pool's directory.
@@ -70,6 +75,11 @@ class Snapshot(NamedTuple):
         if len(layer) != 16:
             raise StorageError(f"{path}: not a snapshot's record (an id of {len(layer)} bytes)")
         return cls(layer, created)
+
+
+def is_kept(path: Path) -> bool:
+    """Is this, in ``.tmp``, what came of a stream that may still go on?"""
+    return path.name.startswith(RECEIVED) and time.time() - os.stat(path).st_mtime < KEEP_RECEIVED_S
 
 
 class Places:
@@ -211,7 +221,7 @@ class Places:
         for name in os.listdir(self.tmp):
             path = self.tmp / name
             with contextlib.suppress(OSError):
-                if not is_locked_directory(path, STAGING_LOCK):
+                if not is_kept(path) and not is_locked_directory(path, STAGING_LOCK):
                     thaw_bases(self.fs, path)
                     self.fs.remove_tree(path, ignore_errors=True)
 

@@ -21,13 +21,13 @@ from nbdclone.errors import InvalidStream, StorageError, UsageError
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import EMPTY_BITMAP, NO_PARENT, Header, change_header
 from nbdclone.store.drafts import Draft, State
-from nbdclone.store.fitting import Plan, fit, require_unchanged
+from nbdclone.store.fitting import fit, require_unchanged
 from nbdclone.store.fs import FileSystem
 from nbdclone.store.image import hash_image
 from nbdclone.store.importing import record_base
 from nbdclone.store.layer_writer import Filled, LayerWriter
 from nbdclone.store.places import SNAPSHOTS, Places, Snapshot
-from nbdclone.store.snapshots import successor
+from nbdclone.store.snapshots import clear_cut_off, successor
 from nbdclone.store.stream import Run, Source, StreamReader
 
 # After so much data what came is synced and noted: what a power cut may cost, of a stream that goes on.
@@ -87,13 +87,20 @@ class Receiving:
         self._section, self._known = state.section, state.filled
         self._writer: _Writer | None = None
         self._since_sync = 0
+        complaint = None
         if (head.section, head.offset) > (state.section, state.offset):
-            self._draft.close(keep=(state.section, state.offset) > (0, 0))
-            self._plan.close()
-            raise UsageError(
+            complaint = (
                 f"the stream goes on from section {head.section}, byte {head.offset}; what is here ends at section "
                 f"{state.section}, byte {state.offset}: see 'nbdclone receive --token'"
             )
+        elif self._is_lacking():
+            complaint = (
+                "what this stream was to go on from has changed: 'nbdclone receive --forget', and send all of it"
+            )
+        if complaint:
+            self._plan.close()
+            self._draft.close(keep=(state.section, state.offset) > (0, 0))
+            raise UsageError(complaint)
 
     def run(self) -> Iterator[tuple[int, int]]:
         """Receive it, and give it its names. Yields (bytes done, about how many there are).
@@ -137,6 +144,15 @@ class Receiving:
             raise InvalidStream(
                 f"{error}; what came before is kept: 'nbdclone receive --token' says how to go on"
             ) from None
+
+    def _is_lacking(self) -> bool:
+        """Is something not here that was when the stream was cut off, so that it was not kept?"""
+        first = 1 if self.head.with_base else 0
+        last = self._section + (1 if self._known else 0)
+        needed = [self._draft_of(number) for number in range(self._plan.here, last - first)]
+        if first and last and self._plan.new_base is not None:
+            needed.append(self._draft.path / "base" / "image")
+        return not all(path.exists() for path in needed)
 
     # What comes
 
@@ -199,9 +215,7 @@ class Receiving:
             below = self.head.layers[number - 1]
             parent, parent_name = below.id, f"{plan.clone}@{below.snapshot}" if below.snapshot else layer.parent_name
         created = min(layer.created, time.time_ns())
-        return Header(
-            layer.id, parent, plan.fingerprint, layer.size, created, parent_name, overlap=layer.overlap
-        )
+        return Header(layer.id, parent, plan.fingerprint, layer.size, created, parent_name, overlap=layer.overlap)
 
     def _checkpoint(self) -> None:
         """Make durable, and note, what is here."""
@@ -351,6 +365,7 @@ class Receiving:
                 fs.sync_directory(own)
             # A power cut from here on: the clone has the new snapshots, and stands where it stood.
             self._name_snapshots(own / SNAPSHOTS, places.snapshots(plan.clone, header.id))
+            clear_cut_off(places, plan.clone, header.id)
             fs.rename(new, own / "delta")
             fs.sync_directory(own)
             delta.discard()
@@ -384,6 +399,7 @@ class _ImageWriter:
         return Filled(self._offset, 0, EMPTY_BITMAP)
 
     def finish(self) -> None:
+        self._fs.fchmod(self._fd, 0o444)
         self._fs.sync(self._fd)
 
     def close(self) -> None:

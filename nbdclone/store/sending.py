@@ -29,7 +29,7 @@ from nbdclone.store.sealed import Sealed
 from nbdclone.store.stream import FRAME_DATA, Sink, StreamWriter
 from nbdclone.store.stream_head import Head, SentBase, SentLayer
 
-# Token: version, with the base?, section, offset in it, stream's id, last layer's id, parent's id; and a CRC-32 of that.
+# Token: version, with the base?, section, offset in it, stream's id, last layer's id, parent's id; its CRC-32.
 _TOKEN = struct.Struct(">BBHQ16s16s16s")
 _TOKEN_VERSION = 1
 _CHECKSUM = struct.Struct(">I")
@@ -149,9 +149,10 @@ def _describe(
     image = bottom if isinstance(bottom, Image) else None
     if with_base and image is None:
         raise UsageError(f"'{disk.name}' stands on no base: it was cut free of it")
-    base = image and SentBase(
-        image.record.id, image.record.fingerprint, image.size, image.record.created, image.name
-    )
+    base = None
+    if image is not None:
+        record = image.record
+        base = SentBase(record.id, record.fingerprint, record.size, record.created, image.name)
     ids = [identity_of(layer) for layer in disk.layers]
     if parent is None or parent == NO_PARENT or (base and parent == base.id):
         first = 1 if base else 0
@@ -166,7 +167,7 @@ def _describe(
     assert len(sent) == len(disk.layers) - first
     names = {snapshot.layer: name for name, snapshot in places.snapshots(clone).items()}
     names[ids[-1]] = split_name(disk.name)[1] or ""  # of two names for it, the one that was asked for
-    sections = [image, *sent] if with_base and image else sent
+    sections: list[Layer] = [image, *sent] if with_base and image else [*sent]
     expected = sum(places.fs.fstat(layer.fd).st_blocks * 512 for layer in sections)
     head = Head(
         clone=clone,
