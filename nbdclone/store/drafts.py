@@ -23,11 +23,10 @@ from nbdclone.store.delta_file import EMPTY_BITMAP
 from nbdclone.store.image import save
 from nbdclone.store.layer_writer import Filled
 from nbdclone.store.locks import is_locked_directory, take
-from nbdclone.store.places import RECEIVED, STAGING_LOCK, Places
+from nbdclone.store.places import RECEIVED, RECEIVED_STATE, STAGING_LOCK, Places
 from nbdclone.store.stream_head import Head
 
 FORMAT = 1
-_STATE = "state.json"
 # A head of 254 layers with long names has 300 KiB, as JSON within JSON; and the map of a segment as hex.
 MAX_STATE = 4 << 20
 
@@ -85,7 +84,7 @@ class Draft:
                 raise InUse(f"this stream of '{head.title}' is being received already ({self.path})")
             if resume and self.path.exists():
                 with contextlib.suppress(StorageError, FileNotFoundError):
-                    self.state = State.load(self.path / _STATE)
+                    self.state = State.load(self.path / RECEIVED_STATE)
             if self.state.section == 0 and self.state.filled is None and self.path.exists():
                 trash = places.tmp / uuid.uuid4().hex
                 places.fs.rename(self.path, trash)
@@ -100,7 +99,7 @@ class Draft:
         for directory in (self.path / "layers", self.path / "base"):
             if directory.is_dir():
                 self._places.fs.sync_directory(directory)
-        save(self.path / _STATE, state.dump(), self._places.fs)
+        save(self.path / RECEIVED_STATE, state.dump(), self._places.fs)
         self._places.fs.sync_directory(self._places.tmp)
         self.state = state
 
@@ -142,7 +141,9 @@ def interrupted(places: Places) -> list[Interrupted]:
     for path in places.tmp.glob(f"{RECEIVED}*") if places.tmp.is_dir() else ():
         with contextlib.suppress(NBDCloneError, OSError):
             if not is_locked_directory(path, STAGING_LOCK):
-                found.append(Interrupted(path, State.load(path / _STATE), os.stat(path / _STATE).st_mtime))
+                found.append(
+                    Interrupted(path, State.load(path / RECEIVED_STATE), os.stat(path / RECEIVED_STATE).st_mtime)
+                )
     return sorted(found, key=lambda each: each.since)
 
 

@@ -41,6 +41,7 @@ STAGING_LOCK = ".lock"
 # How the directories in ``.tmp`` begin that keep what came of a stream, and for how long: time to notice, and to send
 # the rest of it. ('nbdclone receive --forget' does not wait.)
 RECEIVED = "receive-"
+RECEIVED_STATE = "state.json"
 KEEP_RECEIVED_S = 14 * 86400
 # The socket of the running server.
 CONTROL = ".control"
@@ -79,7 +80,12 @@ class Snapshot(NamedTuple):
 
 def is_kept(path: Path) -> bool:
     """Is this, in ``.tmp``, what came of a stream that may still go on?"""
-    return path.name.startswith(RECEIVED) and time.time() - os.stat(path).st_mtime < KEEP_RECEIVED_S
+    if not path.name.startswith(RECEIVED):
+        return False
+    try:
+        return time.time() - os.stat(path / RECEIVED_STATE).st_mtime < KEEP_RECEIVED_S
+    except FileNotFoundError:  # so little came that nothing was noted
+        return False
 
 
 class Places:
