@@ -178,16 +178,21 @@ def _clone_to_be(places: Places, head: Head, name: str | None) -> tuple[str, boo
     own = head.incremental and split_name(head.parent_name)[0] == head.clone
     if name is not None or not own:
         return wanted, own and (places.clones / wanted).is_dir()
-    having = [
-        clone
-        for clone in sorted(places.names_in(places.clones))
-        if any(snapshot.layer == head.parent for snapshot in places.snapshots(clone).values())
-    ]
+    having = [clone for clone in sorted(places.names_in(places.clones)) if _stands_on(places, clone, head.parent)]
     if wanted in having or not having:
         return wanted, wanted in having
     if len(having) > 1:
         raise UsageError(f"{', '.join(having)} have the snapshot that the stream stands on: say which (--name)")
     return having[0], True
+
+
+def _stands_on(places: Places, clone: str, layer_id: bytes) -> bool:
+    """Is the layer a snapshot of the clone, or what its delta is above?"""
+    if any(snapshot.layer == layer_id for snapshot in places.snapshots(clone).values()):
+        return True
+    with contextlib.suppress(NBDCloneError, OSError):
+        return places.header(places.delta(clone)).parent_id == layer_id
+    return False
 
 
 def _require_names(places: Places, head: Head, clone: str, adds: bool, new_base: str | None) -> None:
@@ -218,6 +223,7 @@ def require_unchanged(places: Places, plan: Plan, *, force: bool) -> Header:
         beneath = open_beneath(places, f"clone '{plan.clone}'", header)
         try:
             ids = [identity_of(layer) for layer in beneath]
+            size = beneath[-1].size if beneath else header.size
         finally:
             _close(beneath)
         names = {snapshot.layer: name for name, snapshot in places.snapshots(plan.clone, header.id).items()}
@@ -226,13 +232,13 @@ def require_unchanged(places: Places, plan: Plan, *, force: bool) -> Header:
         if head.parent not in ids and head.parent not in names:
             raise NotFound(f"'{plan.clone}' never stood on '{head.parent_name}', which the stream is relative to")
         if not force:
-            _require_still_there(plan, header, ids, names, delta)
+            _require_still_there(plan, size, ids, names, delta)
         return header
     finally:
         delta.close()
 
 
-def _require_still_there(plan: Plan, header: Header, ids: list[bytes], names: dict[bytes, str], delta: Delta) -> None:
+def _require_still_there(plan: Plan, size: int, ids: list[bytes], names: dict[bytes, str], delta: Delta) -> None:
     since = f"since '{plan.head.parent_name}', which the stream is relative to"
     way_out = "--force rolls it back"
     expected = {plan.head.parent, *(layer.id for layer in plan.head.layers)}
@@ -241,5 +247,5 @@ def _require_still_there(plan: Plan, header: Header, ids: list[bytes], names: di
         shown = f" (it has '{plan.clone}@{names[top]}')" if top in names else ""
         raise UsageError(f"clone '{plan.clone}' has gone on {since}{shown}: {way_out}")
     changed = sum(length for _, length in owned_ranges(delta))
-    if changed or header.overlap is not None:
+    if changed or delta.header.overlap is not None or delta.size != size:
         raise UsageError(f"clone '{plan.clone}' was changed {since} ({changed} bytes): {way_out}")

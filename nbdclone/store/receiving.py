@@ -44,6 +44,10 @@ class Received:
     base: str | None
 
 
+class _Contradiction(InvalidStream):
+    """A whole stream that is not what it says: nothing of it is worth keeping."""
+
+
 class _Writer(Protocol):
     def write(self, offset: int, data: memoryview) -> None: ...
     def zeros(self, offset: int, length: int) -> None: ...
@@ -87,6 +91,7 @@ class Receiving:
         self._section, self._known = state.section, state.filled
         self._writer: _Writer | None = None
         self._since_sync = 0
+        self._last: Filled | None = None
         complaint = None
         if (head.section, head.offset) > (state.section, state.offset):
             complaint = (
@@ -115,11 +120,14 @@ class Receiving:
                         self._take(run)
                         yield self._reader.totals.data, max(self.head.expected, self._reader.totals.data)
                     self._advance(len(self.head.sections))
+                    self._commit()
+                    keep = False
+                except _Contradiction:
+                    keep = False
+                    raise
                 except BaseException:
                     keep = self._keep()
                     raise
-                self._commit()
-                keep = False
         finally:
             if self._writer:
                 self._writer.close()
@@ -137,13 +145,13 @@ class Receiving:
         """Say how a stream that was cut off can go on, if it can."""
         try:
             yield
-        except InvalidStream as error:
+        except _Contradiction:
+            raise
+        except UsageError as error:
             state = self._draft.state
             if (state.section, state.offset) == (0, 0):
                 raise
-            raise InvalidStream(
-                f"{error}; what came before is kept: 'nbdclone receive --token' says how to go on"
-            ) from None
+            raise type(error)(f"{error}; what came is kept: 'nbdclone receive --token' says how to go on") from None
 
     def _is_lacking(self) -> bool:
         """Is something not here that was when the stream was cut off, so that it was not kept?"""
@@ -185,6 +193,8 @@ class Receiving:
             if self._section == section:
                 return
             assert self._writer
+            if self._section == len(self.head.sections) - 1:
+                self._last = self._writer.sync()
             self._writer.finish()
             self._writer.close()
             self._writer, self._known = None, None
@@ -219,15 +229,17 @@ class Receiving:
 
     def _checkpoint(self) -> None:
         """Make durable, and note, what is here."""
-        filled = self._writer.sync() if self._writer else self._known
-        self._draft.save(State(self.head, min(self._section, len(self.head.sections) - 1), filled))
+        if self._section == len(self.head.sections):
+            state = State(self.head, self._section - 1, self._last)
+        else:
+            state = State(self.head, self._section, self._writer.sync() if self._writer else self._known)
+        self._draft.save(state)
         self._since_sync = 0
 
     def _keep(self) -> bool:
         """Keep what came whole, if that is worth anything."""
-        if self._section < len(self.head.sections):
-            with contextlib.suppress(OSError, StorageError):
-                self._checkpoint()
+        with contextlib.suppress(OSError, StorageError):
+            self._checkpoint()
         state = self._draft.state
         return (state.section, state.offset) > (0, 0)
 
@@ -275,7 +287,7 @@ class Receiving:
         source = f"received with '{self.head.title}'"
         record = record_base(directory, base.size, hashes, source, fs, base_id=base.id, created=base.created)
         if record.fingerprint != base.fingerprint:
-            raise InvalidStream(f"the image of base '{base.name}' in the stream is not what its fingerprint says")
+            raise _Contradiction(f"the image of base '{base.name}' in the stream is not what its fingerprint says")
         fs.sync_directory(directory)
 
     def _relink(self, number: int) -> None:

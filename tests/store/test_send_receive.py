@@ -222,6 +222,43 @@ def test_a_clone_that_has_other_snapshots_since_is_refused_unless_forced(here: P
     require_sound(there)
 
 
+def test_a_clone_that_changes_while_it_is_sent_to_is_left_and_the_stream_kept(here: Pool, there: Pool) -> None:
+    receive(there, sent(here, "web1@one"))
+    late = Receiving(there.places, io.BytesIO(sent(here, "web1@two", since="one")))
+    run = late.run()
+    next(run)
+    change(there, "web1", 40)
+    changed = content(there, "web1")
+    with pytest.raises(UsageError, match=r"was changed since 'web1@one'.*what came is kept"):
+        list(run)
+    assert content(there, "web1") == changed
+    assert "web1@two" not in there.names()
+    [found] = drafts.interrupted(there.places)
+    rest = resumed(here, Token.of(found.state.head, found.state.section, found.state.offset))
+    assert len(rest) < 2000
+    receive(there, rest, force=True)
+    assert content(there, "web1") == content(here, "web1@two")
+    require_sound(there)
+
+
+def test_a_clone_without_the_snapshots_name_is_found_by_what_it_stands_on(here: Pool, there: Pool) -> None:
+    receive(there, sent(here, "web1@one"), name="web7")
+    there.remove(["web7@one"])
+    made = receive(there, sent(here, "web1@two", since="one"))
+    assert (made.clone, made.added) == ("web7", True)
+    assert content(there, "web7") == content(here, "web1@two")
+
+
+def test_of_several_clones_with_the_snapshot_one_has_to_be_named(here: Pool, there: Pool) -> None:
+    for name in ("web7", "web8"):
+        receive(there, sent(here, "web1@one"), name=name)
+    with pytest.raises(UsageError, match=r"web7, web8 have the snapshot.*--name"):
+        receive(there, sent(here, "web1@two", since="one"))
+    receive(there, sent(here, "web1@two", since="one"), name="web8")
+    assert content(there, "web8") == content(here, "web1@two")
+    assert content(there, "web7") == content(here, "web1@one")
+
+
 def test_a_clone_that_is_open_is_not_received_into(here: Pool, there: Pool) -> None:
     receive(there, sent(here, "web1@one"))
     stream = sent(here, "web1@two", since="one")
