@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import random
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from streams import forged, frames_of
@@ -15,10 +19,20 @@ from transfer import SIZE, change, content, image, receive, resumed, sent
 from nbdclone.errors import InUse, InvalidStream, NameTaken, NBDCloneError, NotFound, UsageError
 from nbdclone.store import drafts, receiving, sending
 from nbdclone.store.check import check_pool
-from nbdclone.store.delta_file import EMPTY_PAGE, MAP_SLOTS, SEGMENT_SPAN, decode_map_page, read_page
+from nbdclone.store.delta_file import (
+    EMPTY_PAGE,
+    MAP_SLOTS,
+    SEGMENT_SPAN,
+    Header,
+    change_header,
+    decode_map_page,
+    read_page,
+)
 from nbdclone.store.fs import FILE_SYSTEM
 from nbdclone.store.image import BaseRecord
 from nbdclone.store.layer import SEGMENT_SIZE
+from nbdclone.store.layer_writer import LayerWriter
+from nbdclone.store.places import Snapshot
 from nbdclone.store.pool import Pool
 from nbdclone.store.receiving import Receiving
 from nbdclone.store.sealed import Sealed
@@ -516,6 +530,125 @@ def test_a_rest_that_does_not_fit_is_refused(here: Pool, there: Pool) -> None:
     receive(there, resumed(here, early))
     with pytest.raises((UsageError, NameTaken)):
         receive(there, resumed(here, late))
+
+
+@pytest.mark.usefixtures("small_frames")
+def test_a_rest_finds_the_base_again_that_has_another_id_now(here: Pool, there: Pool, tmp_path: Path) -> None:
+    stream = sent(here, "web1@two")
+    token = cut(there, stream, len(stream) * 2 // 3)
+    assert token is not None
+    there.remove(["same"])
+    with pytest.raises(NotFound, match="stands on base 'debian'"):
+        receive(there, resumed(here, token))
+    there.import_base(tmp_path / "same.img", "again")
+    receive(there, resumed(here, token))
+    assert content(there, "web1") == content(here, "web1@two")
+    require_sound(there)
+
+
+@pytest.mark.usefixtures("small_frames")
+def test_a_rest_whose_begin_is_gone_is_refused(here: Pool, there: Pool) -> None:
+    receive(there, sent(here, "web1@one"))
+    stream = sent(here, "web1@two")
+    with pytest.raises(InvalidStream):
+        receive(there, stream[:-3000], name="web2")  # layer 'one' was there, and not kept
+    [found] = drafts.interrupted(there.places)
+    assert found.state.section == 1
+    there.remove(["web1"])
+    token = Token.of(found.state.head, found.state.section, found.state.offset)
+    with pytest.raises(UsageError, match="has changed: 'nbdclone receive --forget'"):
+        receive(there, resumed(here, token), name="web2")
+    receive(there, stream, name="web2")
+    assert content(there, "web2") == content(here, "web1@two")
+
+
+def test_a_rest_of_other_layers_is_not_sent(here: Pool) -> None:
+    with Sending(here.places, "web1@two") as sending:
+        token = Token.of(sending.head, 1, 4096)
+    Sending.resume(here.places, token).close()
+    for changes in ({"stream_id": bytes(16)}, {"section": 2}, {"with_base": True}):
+        with pytest.raises(UsageError, match="send it from the start"):
+            Sending.resume(here.places, replace(token, **changes))  # type: ignore[arg-type]
+
+
+def test_what_was_written_behind_the_last_sync_is_gone_when_it_goes_on(tmp_path: Path) -> None:
+    header = Header(b"i" * 16, b"p" * 16, b"f" * 32, SIZE, 5, "debian")
+    data = memoryview(b"x" * 8192)
+    for kind, place in ((LayerWriter, 1 << 20), (receiving._ImageWriter, 0)):
+        path = tmp_path / kind.__name__
+        how = header if kind is LayerWriter else SIZE
+        for offset in (0, SEGMENT_SIZE - 40960):
+            path.unlink(missing_ok=True)
+            first = kind(path, how, FILE_SYSTEM, None)  # type: ignore[arg-type]
+            if offset:
+                first.write(offset - 8192, data)
+            first.write(offset, data)
+            known = first.sync()
+            first.write(offset + 16384, data)
+            first.close()
+            second = kind(path, how, FILE_SYSTEM, known)  # type: ignore[arg-type]
+            second.zeros(offset + 8192, 16384)
+            second.finish()
+            second.close()
+            with open(path, "rb") as file:
+                file.seek(place + offset)
+                assert file.read(32768) == data.tobytes() + bytes(24576)
+
+
+# Layers that are here already, and do not fit
+
+
+def forged_head(stream: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
+    """The stream with another head; its hashes are right."""
+    frames = list(frames_of(stream))
+    head = json.loads(frames[0][1])
+    change(head)
+    return forged(stream, [(frames[0][0], json.dumps(head).encode()), *frames[1:]])
+
+
+def test_a_layer_that_is_here_with_another_size_is_refused(here: Pool, there: Pool) -> None:
+    stream = sent(here, "web1@two")
+    receive(there, stream)
+    before = state_of(there)
+    larger = forged_head(stream, lambda head: head["layers"][1].update(size=SIZE + 512))
+    with pytest.raises(UsageError, match="is here with another size"):
+        receive(there, larger, name="web2")
+    assert state_of(there) == before
+
+
+def test_an_increment_of_another_base_is_refused(here: Pool, there: Pool) -> None:
+    receive(there, sent(here, "web1@one"))
+    stream = sent(here, "web1@two", since="one")
+    other = forged_head(stream, lambda head: head["base"].update(fingerprint="ab" * 32))
+    with pytest.raises(UsageError, match="stands on another base here"):
+        receive(there, other)
+
+
+def test_more_layers_than_there_may_be_are_refused(here: Pool, there: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbdclone.store.fitting.MAX_LAYERS", 3)
+    with pytest.raises(UsageError, match="more than 3 layers"):
+        receive(there, sent(here, "web1@two"))
+    monkeypatch.setattr("nbdclone.store.fitting.MAX_LAYERS", 4)
+    receive(there, sent(here, "web1@two"))
+
+
+def test_a_clone_that_was_cut_shorter_counts_as_changed(here: Pool, there: Pool) -> None:
+    receive(there, sent(here, "web1@one"))
+    change_header(there.places.delta("web1"), overlap=4096)
+    with pytest.raises(UsageError, match="was changed since"):
+        receive(there, sent(here, "web1@two", since="one"))
+
+
+def test_a_snapshot_that_was_cut_off_before_does_not_count_afterwards(here: Pool, there: Pool) -> None:
+    receive(there, sent(here, "web1@one"))
+    own = there.places.header(there.places.delta("web1")).id
+    (there.places.layer(own).parent).mkdir()
+    os.link(there.places.delta("web1"), there.places.layer(own))
+    (there.path / "clones/web1/snapshots/late").write_bytes(Snapshot(own, 5).dump())
+    assert "web1@late" not in there.names()
+    receive(there, sent(here, "web1@two", since="one"))
+    assert "web1@late" not in there.names()
+    assert not there.places.layer(own).exists()
 
 
 def test_a_token_that_is_not_right_is_refused(here: Pool, there: Pool) -> None:
