@@ -25,7 +25,7 @@ from nbdclone.store.layer_manifest import MANIFEST, RECORD, WRITER
 from nbdclone.store.live import FILE_NAME
 from nbdclone.store.locks import describe_process, holders, is_locked_directory
 from nbdclone.store.names import is_name, split_name
-from nbdclone.store.places import ENTRIES, EPHEMERAL, SNAPSHOTS, STAGING_LOCK, Places
+from nbdclone.store.places import ENTRIES, EPHEMERAL, SNAPSHOTS, STAGING_LOCK, Places, is_kept
 from nbdclone.store.repair import KEPT, repair
 
 # A clone that is open elsewhere is looked at this often, this far apart: a page in flight is written in microseconds.
@@ -180,7 +180,9 @@ class _Check:
             yield Finding("", "unreadable", what, str(tmp), "check it as the owner of the pool", NOTE)
 
     def _is_abandoned(self, path: Path) -> bool:
-        return path.is_dir() and not path.is_symlink() and not is_locked_directory(path, STAGING_LOCK)
+        if not path.is_dir() or path.is_symlink() or is_kept(path):
+            return False
+        return not is_locked_directory(path, STAGING_LOCK)
 
     def _check_leftovers(self) -> Iterator[Finding]:
         """What snapshots left, and layers that nobody needs."""

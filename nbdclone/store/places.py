@@ -21,6 +21,7 @@ import contextlib
 import errno
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,6 +42,11 @@ EPHEMERAL = "ephemeral"
 STAGING_LOCK = ".lock"
 CONTROL_SOCKET = ".control"
 NEW_CONTROL_SOCKET = ".control.new"
+# How the directories in ``.tmp`` begin that keep what came of a stream, and for how long: time to notice, and to send
+# the rest of it. ('nbdclone receive --forget' does not wait.)
+RECEIVED = "receive-"
+RECEIVED_STATE = "state.json"
+KEEP_RECEIVED_S = 14 * 86400
 # What is in a pool's directory.
 ENTRIES = {"bases", "clones", "layers", SETTINGS, CONTROL_SOCKET, NEW_CONTROL_SOCKET, ".lock", ".server", ".tmp"}
 # A record of a snapshot has some 90 bytes; whatever is longer is none.
@@ -72,6 +78,16 @@ class Snapshot(NamedTuple):
         if len(layer) != 16:
             raise StorageError(f"{path}: not a snapshot's record (an id of {len(layer)} bytes)")
         return cls(layer, created)
+
+
+def is_kept(path: Path) -> bool:
+    """Is this, in ``.tmp``, what came of a stream that may still go on?"""
+    if not path.name.startswith(RECEIVED):
+        return False
+    try:
+        return time.time() - os.stat(path / RECEIVED_STATE).st_mtime < KEEP_RECEIVED_S
+    except FileNotFoundError:  # so little came that nothing was noted
+        return False
 
 
 class Places:
@@ -213,7 +229,7 @@ class Places:
         for name in os.listdir(self.tmp):
             path = self.tmp / name
             with contextlib.suppress(OSError):
-                if not is_locked_directory(path, STAGING_LOCK):
+                if not is_kept(path) and not is_locked_directory(path, STAGING_LOCK):
                     thaw_bases(self.fs, path)
                     self.fs.remove_tree(path, ignore_errors=True)
 
