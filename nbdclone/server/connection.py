@@ -104,6 +104,21 @@ class Connection:
             finally:
                 self._sock.close()
 
+    @property
+    def export_name(self) -> str | None:
+        """The export that it has."""
+        return None if self._export is None else self._export.clone.name
+
+    @property
+    def task(self) -> asyncio.Task[None] | None:
+        """What ends when it has ended."""
+        return self._task
+
+    def record(self) -> dict[str, Any]:
+        """Who the client is, as JSON can hold it."""
+        record = self._peer.record()
+        return {"peer": record.pop("label"), **record}
+
     def drain(self) -> None:
         """Answer what was asked and end; a handshake ends at once. One that is relayed ends when its owner ends it."""
         self._drained = True
@@ -197,7 +212,7 @@ class Connection:
         assert self._server.tls is not None
         self._sock = secured = TLSSocket(self._raw, self._server.tls, self._loop)
         await secured.handshake()
-        self._peer = replace(self._peer, subject=secured.subject or None)
+        self._peer = replace(self._peer, subject=secured.subject or None, tls=secured.version)
         logger.debug("%s: %s, certificate: %r", self._peer, secured.version, secured.subject)
 
     async def _answer(self, handshake: ServerHandshake, event: OpenExport) -> None:

@@ -191,6 +191,14 @@ class Exports:
             export.users += 1
             return export
 
+    async def acquire_open(self, name: str) -> Export | None:
+        """The same, of one that is open already; None if it is not."""
+        async with self._turn(name):
+            export = self._open.get(name)
+            if export is not None:
+                export.users += 1
+            return export
+
     async def release(self, export: Export) -> None:
         """Give an export back. The last one's return flushes and closes the clone; a failure of that is logged."""
         name = export.clone.name
@@ -204,6 +212,11 @@ class Exports:
                 await self._keeper.run(lambda: self._close_clone(export.clone))
             except Exception as error:
                 logger.error("closing '%s': %s", name, error)
+
+    @property
+    def open_names(self) -> list[str]:
+        """The names of those that are open."""
+        return sorted(self._open)
 
     def change_limits(self, limits: Limits) -> None:
         """Other limits from now on, for the exports too that are open."""

@@ -74,6 +74,15 @@ class Owners:
         """The workers to which connections may go."""
         return [number for number, worker in self._workers.items() if worker.open and worker.ready]
 
+    @property
+    def open(self) -> bool:
+        """Is there a worker that may be given something new?"""
+        return any(worker.open for worker in self._workers.values())
+
+    def exports_of(self, worker: int) -> list[str]:
+        """The exports that it has."""
+        return sorted(self._workers[worker].exports)
+
     def without_exports(self) -> bool:
         """Is there a worker, to be given something, that has no export yet?"""
         return any(worker.open and not worker.exports for worker in self._workers.values())
@@ -93,10 +102,14 @@ class Owners:
         self._workers[worker].handshakes.add(number)
         return worker
 
+    def enlist(self, number: int) -> None:
+        """Something that claims an export as a connection does, and comes from no worker."""
+        self._connections[number] = _Connection(None)
+
     def claim(self, number: int, name: str) -> int:
         """The connection wants this export, and no other any more: the worker that has it, or will have it.
 
-        A new one goes to the worker that asks, unless another has less to do.
+        A new one goes to the worker that asks, unless another has less to do; there must be one that is open.
         """
         connection = self._connections[number]
         if connection.claimed == name:

@@ -28,6 +28,7 @@ from nbdclone.server.host import SWITCH_INTERVAL_S, Host, Options
 from nbdclone.server.peer import Peer
 from nbdclone.server.settings import parse_settings
 from nbdclone.server.tls import ServerTLS
+from nbdclone.server.work import Works
 from nbdclone.store.pool import Pool
 
 logger = logging.getLogger("nbdclone")
@@ -106,11 +107,13 @@ class Worker:
         if (start := await self._started) is not None:
             try:
                 async with self._make_host(start) as self._host:
+                    self._works = Works(self._host, self._channel)
                     self._channel.answer(start)
                     self._channel.on_message = self._take
                     for message, fd in self._early:
                         self._take(message, fd)
                     await self._stop.wait()
+                    await self._works.close()
             except NBDCloneError as error:
                 self._channel.answer(start, error=str(error))
                 await self._stop.wait()
@@ -143,10 +146,16 @@ class Worker:
             self._end()
         elif verb == "reload":
             self._reload(message)
+        elif verb == "work":
+            self._works.begin(message)
+        elif verb == "interrupt":
+            self._works.interrupt(message["connection"])
+        elif verb == "look":
+            self._channel.answer(message, exports=self._host.records())
 
     def _serve(self, message: Message, fd: int | None) -> None:
         host, moved = self._host, message["state"]
-        seat = Seat(message["connection"], self._channel, host._exports, claimed=moved is not None)
+        seat = Seat(message["connection"], self._channel, host.exports, claimed=moved is not None)
         if fd is None or self._stop.is_set():
             if fd is None:
                 host.scratch.quiet.say("descriptors", "a connection was lost: too many open files")

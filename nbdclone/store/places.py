@@ -7,6 +7,7 @@
     POOL/settings.toml   what a server of it obeys; written by people, and optional
     POOL/.lock       held for the moment in which a name appears or goes
     POOL/.server     held by the server of the pool for as long as it runs
+    POOL/.control    the Unix socket on which it is told what to do; .control.new while it is made
     POOL/.tmp/       what is being made or removed; leftovers of the dead are cleared by the next who comes
 
 There is no database: a name is a directory's name, and the files inside say the rest. Whatever appears, is made whole
@@ -37,10 +38,11 @@ SETTINGS = "settings.toml"
 SNAPSHOTS = "snapshots"
 # Held, in a directory of ``.tmp``, by whoever makes something there.
 STAGING_LOCK = ".lock"
-# The socket of the running server.
-CONTROL = ".control"
+# The socket of the running server, and while it is made.
+CONTROL_SOCKET = ".control"
+NEW_CONTROL_SOCKET = ".control.new"
 # What is in a pool's directory.
-ENTRIES = {"bases", "clones", "layers", SETTINGS, CONTROL, ".lock", ".server", ".tmp"}
+ENTRIES = {"bases", "clones", "layers", SETTINGS, CONTROL_SOCKET, NEW_CONTROL_SOCKET, ".lock", ".server", ".tmp"}
 # A record of a snapshot has some 90 bytes; whatever is longer is none.
 MAX_RECORD = 4096
 
