@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
-import re
 import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +23,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nbdclone import __version__
+from nbdclone.commands import images  # noqa: F401 - it has import and export
+from nbdclone.commands.common import Json, State, app, parse_size, show_size
+from nbdclone.commands.common import open_pool as _pool
+from nbdclone.commands.common import print_json as _print_json
+from nbdclone.commands.common import progress_bar as _progress
 from nbdclone.errors import InUse, NBDCloneError, UsageError
 from nbdclone.protocol.handshake import TLSMode
 
@@ -33,30 +36,11 @@ if TYPE_CHECKING:
     from nbdclone.store.catalog import Info
     from nbdclone.store.pool import Pool
 
-app = typer.Typer(
-    name="nbdclone",
-    help="Linked clones of disk images, served over NBD.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-
 # Two descriptors for each clone that is open, or about to be removed, and one for each connection; the usual soft limit
 # is 1,024.
 WANTED_FILES = 65536
 # A moment that is longer keeps a processor from others for more than a disk takes.
 MAX_BUSY_POLL_US = 1000
-_SIZE = re.compile(r"(\d+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-class _State:
-    """What was said before the verb."""
-
-    pool_path = Path()
 
 
 def default_pool(environment: dict[str, str], user: int) -> Path:
@@ -67,14 +51,6 @@ def default_pool(environment: dict[str, str], user: int) -> Path:
         return Path("/var/lib/nbdclone")
     data = environment.get("XDG_DATA_HOME") or Path(environment.get("HOME", "~")).expanduser() / ".local/share"
     return Path(data) / "nbdclone"
-
-
-def parse_size(text: str) -> int:
-    """``20G``, ``512M``, ``4096``: bytes, with powers of 1024."""
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise typer.BadParameter(f"{text!r} is no size: give bytes, or a number with K, M, G or T")
-    return int(match[1]) << (10 * " KMGT".index(match[2].upper() or " "))
 
 
 def parse_quota(text: str) -> int:
@@ -91,16 +67,6 @@ def parse_rate(text: str) -> int:
     if not (size := parse_size(text)):
         raise typer.BadParameter("nothing a second: give a size, or leave it out for no limit")
     return size
-
-
-def show_size(size: int) -> str:
-    """A size for a person: three digits or so, and the unit."""
-    value = float(size)
-    for unit in _UNITS:
-        if value < 1024 or unit == _UNITS[-1]:
-            break
-        value /= 1024
-    return f"{size} B" if unit == "B" else f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
 
 
 def _print_version(wanted: bool) -> None:
@@ -120,31 +86,7 @@ def options(
     ] = False,
 ) -> None:
     """Linked clones of disk images, served over NBD."""
-    _State.pool_path = pool or default_pool(dict(os.environ), os.geteuid())
-
-
-def _pool(*, create: bool = False) -> Pool:
-    from nbdclone.store.pool import Pool
-
-    return Pool.open(_State.pool_path, create=create)
-
-
-@app.command("import")
-def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="raw, qcow2, vmdk, vhdx, vdi, or a block device")],
-    name: Annotated[str | None, typer.Option("--name", help="Default: the file's name.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Import it although it seems truncated.")] = False,
-    immutable: Annotated[
-        bool,
-        typer.Option(
-            "--immutable", help="Nobody can change or remove it but through 'nbdclone rm' (takes root; rm -rf fails)."
-        ),
-    ] = False,
-) -> None:
-    """Make a base from an image file."""
-    with _progress(f"importing {file.name}") as progress:
-        info = _pool(create=True).import_base(file, name, force=force, immutable=immutable, progress=progress)
-    print(f"base '{info.name}': {show_size(info.size)}, {show_size(info.allocated)} on disk")
+    State.pool_path = pool or default_pool(dict(os.environ), os.geteuid())
 
 
 @app.command()
@@ -524,21 +466,6 @@ def _raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on a terminal; nothing in a pipe."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(what), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
 def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], to_the_right: Collection[str]) -> None:
     """Columns, with a bold head and lines cut to the width on a terminal. (rich takes 0.4 ms for a row.)"""
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
@@ -551,10 +478,6 @@ def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], to_the_ri
         head, *lines = [line if len(line) <= columns else line[: columns - 1] + "…" for line in (head, *lines)]
         head = f"\x1b[1m{head}\x1b[0m"
     print(head, *lines, sep="\n")
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
 
 
 def _as_dict(entry: Info) -> dict[str, Any]:

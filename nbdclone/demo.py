@@ -112,7 +112,7 @@ async def _find(export: Client, wanted: bytes) -> int:
 
 
 def _show_space(pool: Pool, base: BaseInfo, console: Console) -> None:
-    from nbdclone.cli import show_size
+    from nbdclone.commands.common import show_size
 
     entries = {entry.name: entry for entry in pool.entries()}
     clones = [entry for entry in entries.values() if isinstance(entry, CloneInfo)]

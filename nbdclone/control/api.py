@@ -24,7 +24,8 @@ from nbdclone.control.clients import add_user, name_clients
 from nbdclone.control.failures import to_record
 from nbdclone.control.verbs import VERBS, Arguments, check_arguments
 from nbdclone.errors import Interrupted, InUse, NameTaken, NBDCloneError, NotFound, UsageError
-from nbdclone.store.pool import BaseInfo, CloneInfo, Pool
+from nbdclone.store.catalog import CloneInfo, Info
+from nbdclone.store.pool import Pool
 
 logger = logging.getLogger("nbdclone")
 
@@ -277,5 +278,5 @@ async def _read(request: web.Request, function: Callable[..., Any], what: str) -
     return given
 
 
-def _entry(entry: BaseInfo | CloneInfo) -> dict[str, Any]:
-    return {"kind": "clone" if isinstance(entry, CloneInfo) else "base"} | asdict(entry)
+def _entry(entry: Info) -> dict[str, Any]:
+    return {"kind": entry.kind} | asdict(entry)
