@@ -74,6 +74,9 @@ class Opened(Protocol):
         GeneratorExit. Raises what it raises.
         """
 
+    def change_here(self, step: Callable[[], T]) -> T:
+        """The same, where no read is half done either: in a worker, on its event loop. To be over at once."""
+
     def flush(self) -> None:
         """Make durable what was changed before. Raises OSError, CloneFailed."""
 

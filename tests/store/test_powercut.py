@@ -54,6 +54,22 @@ def test_a_power_cut_at_any_step_leaves_each_sector_old_or_new(errors: bool, syn
         assert flushes["for a change"] > CAMPAIGNS // 4
 
 
+@pytest.mark.timeout(120 + CAMPAIGNS)
+@pytest.mark.parametrize("synced", [False, True], ids=["any work", "small synced writes"])
+@pytest.mark.parametrize("errors", [False, True], ids=["sound disk", "disk with errors"])
+def test_a_power_cut_or_a_kill_while_blocks_are_dropped_leaves_each_sector_old_or_new(
+    errors: bool, synced: bool
+) -> None:
+    flushes: Counter[str] = Counter()
+    count = CAMPAIGNS // 4  # these have more steps
+    for seed in range(FIRST_SEED, FIRST_SEED + count):
+        campaign = Campaign(seed, errors=errors, synced=synced, compacts=True)
+        campaign.run()
+        flushes += campaign.flushes
+    print(f"flushes {dict(flushes)}")
+    assert flushes["dropped"] > count
+
+
 def test_a_campaign_is_the_same_each_time_for_its_seed() -> None:
     first, second = Campaign(7), Campaign(7)
     first.run()
