@@ -149,6 +149,8 @@ VERBS: dict[str, Verb] = {
     verb.name: verb
     for verb in [
         Verb("quota", "worker", "nbdclone.control.quota:change_quota"),
+        Verb("flatten", "worker", "nbdclone.store.flattening:flatten"),
+        Verb("compact", "worker", "nbdclone.store.compacting:compact"),
         Verb("disconnect", "worker", "nbdclone.control.clients:disconnect"),
     ]
 }  # fmt: skip

@@ -601,6 +601,18 @@ class Clone:
                 delta.settle_all()
         return dropped
 
+    def make_holes(self, runs: Sequence[tuple[int, int]]) -> int:
+        """Make holes of those blocks of these runs that are the delta's, and zeros. Returns how many bytes."""
+        made = 0
+        with self._changing:
+            self._writable().begin_changes(nowait=False)
+            beneath: dict[int, bytes] = {}
+            for offset, length in runs:
+                for at, count in self._alike(self._chain, offset, length, beneath)[1]:
+                    self._zero_blocks(at, count, nowait=False, allocate=False)
+                    made += count
+        return made
+
     def punch_dropped(self, segment: int) -> bool:
         """Give back what space of the delta's file, in one segment, is that of blocks which are not the delta's.
 

@@ -448,7 +448,7 @@ class Campaign:
                 self._give_up()
             finally:
                 self._nested = False
-        if self._doing == "compact" and chance > 0.8:
+        if self._doing == "compact" and self._rng.random() > 0.8:
             self._require_latest()
 
     def _require_latest(self) -> None:

@@ -77,9 +77,9 @@ def test_a_campaign_is_the_same_each_time_for_its_seed() -> None:
     assert first.states == second.states > 0
 
 
-def run_campaigns(count: int) -> None:
+def run_campaigns(count: int, *, compacts: bool = False) -> None:
     for seed in range(count):
-        Campaign(seed, states_per_step=2, synced=seed % 2 == 0).run()
+        Campaign(seed, states_per_step=2, synced=seed % 2 == 0, compacts=compacts).run()
 
 
 class Mutation(NamedTuple):
@@ -208,6 +208,41 @@ MUTATIONS = {
     ),
     "a clone that crashed is changed at once": Mutation(Delta, "begin_changes", "if self._hindered:", "if False:"),
 }  # fmt: skip
+
+
+GIVEN_UP = "                delta.give_up(given)\n"
+DROPS = {
+    "the space is given back before the map is durable": Mutation(
+        Clone,
+        "drop",
+        GIVEN_UP,
+        "                for run in runs:\n"
+        "                    for at, count in _pieces(*run):\n"
+        "                        at += (at // SEGMENT_SIZE + 1) * delta.stride\n"
+        "                        self._fs.punch(delta.fd, at, count)\n" + GIVEN_UP,
+    ),
+    "the space is given back when one slot of the map is durable": Mutation(
+        Clone, "punch_dropped", "if not delta.settled(segment):", "if False:"
+    ),
+    "the map that lost bits is not synced": Mutation(
+        Delta,
+        "give_up",
+        "            self._sync()\n            self._map.written(noted)\n",
+        "            self._map.written(noted)\n            self._map.unmirrored -= noted.keys()\n",
+    ),
+    "it is not settled before": Mutation(
+        Delta, "give_up", "            self._settle()\n            if", "            if False and"
+    ),
+    "what failed is not taken back": Mutation(Delta, "give_up", "self._take_back(noted)", "pass"),
+    "the marks are left": Mutation(Delta, "give_up", "self._live.clear()", "pass"),
+}
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_the_power_cuts_notice_when_of_a_drop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate(monkeypatch, *DROPS[name])
+    with pytest.raises(LawBroken, match="seed"):
+        run_campaigns(60, compacts=True)
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
