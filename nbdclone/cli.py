@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nbdclone import __version__
-from nbdclone.commands import blocks, images  # noqa: F401 - they have their verbs
+from nbdclone.commands import images  # noqa: F401 - it has import and export
+from nbdclone.commands.blocks import merge_layers
 from nbdclone.commands.common import Json, State, app, parse_size, show_size
 from nbdclone.commands.common import open_pool as _pool
 from nbdclone.commands.common import print_json as _print_json
@@ -125,8 +126,12 @@ def quota(
 
 
 @app.command()
-def rm(names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Clones and bases.")]) -> None:
-    """Remove clones and bases. A base that clones need stays; the error names them."""
+def rm(names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Clones, bases, CLONE@NAME.")]) -> None:
+    """Remove clones, bases and snapshots. What others need stays; the error names them.
+
+    A snapshot's data that something still reads becomes a part of what is above it: the server of the pool does that,
+    or this command; with Ctrl-C it is left for the next time.
+    """
     _raise_file_limit()
     pool = _pool()
     try:
@@ -135,6 +140,7 @@ def rm(names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Clone
         from nbdclone.control.client import name_the_connected
 
         raise name_the_connected(pool.path, error, names) from None
+    merge_layers(pool)
 
 
 @app.command()

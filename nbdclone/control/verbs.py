@@ -151,6 +151,9 @@ VERBS: dict[str, Verb] = {
         Verb("quota", "worker", "nbdclone.control.quota:change_quota"),
         Verb("flatten", "worker", "nbdclone.store.flattening:flatten"),
         Verb("compact", "worker", "nbdclone.store.compacting:compact"),
+        Verb("merge", "process", "nbdclone.store.merging:merge_all"),
+        Verb("merge-into", "worker", "nbdclone.store.merging:merge_into"),
+        Verb("relayer", "worker", "nbdclone.store.merging:relayer"),
         Verb("disconnect", "worker", "nbdclone.control.clients:disconnect"),
     ]
 }  # fmt: skip

@@ -28,6 +28,7 @@ from nbdclone.server.budget import MIN_MEMORY, default_memory
 from nbdclone.server.channel import Message
 from nbdclone.server.host import Options, tls_mode
 from nbdclone.server.jobs import Job, Jobs
+from nbdclone.server.merger import Merger
 from nbdclone.server.owners import Owners
 from nbdclone.server.peer import Peer
 from nbdclone.server.process import Process, describe_status
@@ -111,6 +112,7 @@ class Supervisor:
         self._pausing: asyncio.TimerHandle | None = None
         self._moved = asyncio.Event()  # set, and replaced, whenever what was parked is tried again
         self._jobs = Jobs(pool, self, lambda: next(self._numbers), self._begin_task)
+        self._merging: asyncio.Task[None] | None = None
         self._stopping = False
 
     # The whole
@@ -135,6 +137,7 @@ class Supervisor:
                 await self._stop()
                 raise
             self._control.start()
+            self._merging = self._tasks.create_task(Merger(self.pool, self._jobs).run())
             self._held = held.pop_all()
         self._retiring = self._loop.call_later(IDLE_S, self._retire, set())
         return self
@@ -157,6 +160,8 @@ class Supervisor:
         if self._pausing is not None:
             self._pausing.cancel()
         self._jobs.stop()
+        if self._merging is not None:
+            self._merging.cancel()
         self._moved.set()
         for process in self._processes.values():
             self._end(process)

@@ -113,17 +113,19 @@ class Delta:
             fs.close(fd)
 
     @classmethod
-    def open(cls, path: Path, what: str, fs: FileSystem = FILE_SYSTEM) -> Delta:
+    def open(cls, path: Path, what: str, fs: FileSystem = FILE_SYSTEM, *, shared: bool = False) -> Delta:
         """Open a delta for writing and take its lock. ``what`` begins the messages: "clone 'web1'".
 
-        Costs the same whatever its size. Raises NotFound, InUse, CorruptDelta, UnsupportedFormat.
+        ``shared``: it is a layer, which others read; it may gain blocks that change nothing for them, of whatever size.
+        The caller sees to it that nobody else does that. Costs the same whatever its size. Raises NotFound, InUse,
+        CorruptDelta, UnsupportedFormat.
         """
         try:
             fd = fs.open_file(path, os.O_RDWR)
         except FileNotFoundError:
             raise NotFound(f"{what} is not there ({path})") from None
         try:
-            fs.lock(fd, path, what)
+            fs.lock(fd, path, what, shared=shared)
             status = fs.fstat(fd)
             if not fs.still_there(path, status):
                 raise NotFound(f"{what} was removed just now ({path})")
@@ -131,7 +133,7 @@ class Delta:
             if status.st_size < file_size(header.size):
                 raise CorruptDelta(str(path), f"truncated: {status.st_size} bytes of {file_size(header.size)}")
             renew_header(fd, path, header, fs)
-            delta = cls(path, header, fd, fs)
+            delta = cls(path, replace(header, quota=0) if shared else header, fd, fs)
             delta._inherit()
         except BaseException:
             fs.close(fd)

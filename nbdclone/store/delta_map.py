@@ -82,6 +82,10 @@ class DeltaMap:
         start = segment * SEGMENT_SPAN
         pages = [read_page(self._fs, self._fd, start + slot, nowait) for slot in MAP_SLOTS]
         read = [decode_map_page(page, segment, self._id) for page in pages]
+        if any(decoded is None and page != EMPTY_PAGE for page, decoded in zip(pages, read, strict=True)):
+            # Perhaps it is just being written: a layer gains blocks while others read it.
+            pages = [read_page(self._fs, self._fd, start + slot, nowait) for slot in MAP_SLOTS]
+            read = [decode_map_page(page, segment, self._id) for page in pages]
         for slot, (page, decoded) in enumerate(zip(pages, read, strict=True)):
             if decoded is None and page != EMPTY_PAGE:
                 self._note_damage(segment, slot)
