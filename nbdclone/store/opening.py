@@ -55,7 +55,29 @@ def open_layer(places: Places, layer_id: bytes, what: str) -> Sealed:
 
 
 def open_beneath(places: Places, what: str, header: Header) -> list[Layer]:
-    """The layers beneath the delta with that header, from the bottom upwards. ``what`` begins the messages."""
+    """The layers beneath the delta with that header, from the bottom upwards. ``what`` begins the messages.
+
+    A layer may be merged into the one above it meanwhile: then the chain is another.
+    """
+    while True:
+        chain = _chain(places, header)
+        try:
+            return _open_beneath(places, what, header)
+        except (NBDCloneError, OSError):
+            if _chain(places, header) == chain:
+                raise
+
+
+def _chain(places: Places, header: Header) -> list[bytes]:
+    """The ids of the layers, and of what is at the bottom."""
+    found = [header.parent_id]
+    with contextlib.suppress(NBDCloneError, OSError):
+        while len(found) <= MAX_LAYERS and places.layer(found[-1]).exists():
+            found.append(places.header(places.layer(found[-1])).parent_id)
+    return found
+
+
+def _open_beneath(places: Places, what: str, header: Header) -> list[Layer]:
     with contextlib.ExitStack() as held:
         found: list[Layer] = []
         seen = {header.id}
