@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from nbdclone.commands.blocks import merge_layers
-from nbdclone.commands.common import Json, app, open_pool, parse_size, print_json, show_size
+from nbdclone.commands.common import Json, app, open_pool, parse_size, print_json, raise_file_limit, show_size
 
 Disconnect = Annotated[bool, typer.Option("--disconnect", help="Send away the clients that are connected.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
@@ -121,6 +121,7 @@ def rm(
     A snapshot's data that something still reads becomes a part of what is above it: the server of the pool does that,
     or this command; with Ctrl-C it is left for the next time.
     """
+    raise_file_limit()
     report = _run("rm", {"names": list(dict.fromkeys(names)), "dry_run": dry_run})
     if not dry_run:
         merge_layers(open_pool())
