@@ -23,19 +23,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nbdclone import __version__
-from nbdclone.commands import images, stream  # noqa: F401 - they have verbs
+from nbdclone.commands import bases, images, stream  # noqa: F401 - they have verbs
 from nbdclone.commands.common import Json, State, app, parse_size, show_size
 from nbdclone.commands.common import open_pool as _pool
 from nbdclone.commands.common import print_json as _print_json
 from nbdclone.commands.common import progress_bar as _progress
-from nbdclone.errors import NBDCloneError, UsageError
+from nbdclone.errors import InUse, NBDCloneError, UsageError
 from nbdclone.protocol.handshake import TLSMode
 
 if TYPE_CHECKING:
-    from nbdclone.server.server import Server
-    from nbdclone.server.supervisor import Supervisor
     from nbdclone.server.tls import ServerTLS
     from nbdclone.store.catalog import Info
+    from nbdclone.store.pool import Pool
 
 # Two descriptors for each clone that is open, or about to be removed, and one for each connection; the usual soft limit
 # is 1,024.
@@ -118,16 +117,24 @@ def quota(
     ],
 ) -> None:
     """Change how much a clone may take on the disk, also while it is served."""
-    changed = _pool().set_quota(name, quota or None)
-    limit = f"may take {show_size(changed.quota)}" if changed.quota else "has no quota"
-    print(f"clone '{name}' {limit}, and has {show_size(changed.allocated)} on disk")
+    from nbdclone.control.client import run_verb
+
+    changed = run_verb(_pool(), "quota", {"name": name, "quota": quota or None})
+    limit = f"may take {show_size(changed['quota'])}" if changed["quota"] else "has no quota"
+    print(f"clone '{name}' {limit}, and has {show_size(changed['allocated'])} on disk")
 
 
 @app.command()
 def rm(names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Clones and bases.")]) -> None:
     """Remove clones and bases. A base that clones need stays; the error names them."""
     _raise_file_limit()
-    _pool().remove(names)
+    pool = _pool()
+    try:
+        pool.remove(names)
+    except InUse as error:
+        from nbdclone.control.client import name_the_connected
+
+        raise name_the_connected(pool.path, error, names) from None
 
 
 @app.command()
@@ -358,8 +365,7 @@ def serve(
     from nbdclone.server.host import SWITCH_INTERVAL_S, Options
     from nbdclone.server.limits import Limit
     from nbdclone.server.listen import parse_address
-    from nbdclone.server.server import Server
-    from nbdclone.server.supervisor import Supervisor, divide_memory
+    from nbdclone.server.supervisor import divide_memory
 
     logging.basicConfig(format="nbdclone: %(message)s", level=logging.DEBUG if verbose else logging.WARNING)
     try:
@@ -381,10 +387,7 @@ def serve(
             "max_connections_per_address": max_connections_per_address,
             "options": Options(DEFAULT_LIMIT_US if busy_poll is None else busy_poll, Limit(iops, bps), replay),
         }
-        if count == 1:
-            runner.run(_serve(Server(pool, max_memory=memory, **options)))
-        else:
-            runner.run(_serve(Supervisor(pool, workers=count, worker_memory=memory, **options)))
+        runner.run(_serve(pool, workers=count, worker_memory=memory, **options))
 
 
 def _server_tls(mode: TLSMode | None, certificates: Path | None, psk: Path | None, verify: bool) -> ServerTLS | None:
@@ -426,9 +429,11 @@ def cert(
     print(advice(directory, client or ()))
 
 
-async def _serve(server: Server | Supervisor) -> None:
+async def _serve(pool: Pool, **options: Any) -> None:
     from nbdclone.server.notify import sd_notify
+    from nbdclone.server.supervisor import Supervisor
 
+    server = Supervisor(pool, **options)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -484,6 +489,8 @@ def _state(entry: Info) -> str:
         return entry.error
     if holder := getattr(entry, "in_use_by", None):
         return f"open in {holder}"
+    if getattr(entry, "ephemeral", False):
+        return "ephemeral"
     clones = getattr(entry, "clones", ())
     return f"{len(clones)} clone{'' if len(clones) == 1 else 's'}" if entry.kind == "base" else ""
 

@@ -14,6 +14,7 @@
     │   ├── BaseChanged            a base is not what its clones were made from
     │   ├── FileTooLarge           the file system cannot hold a file of that size
     │   └── CloneFailed            a sync failed earlier: the clone takes no more writes until it is reopened
+    ├── Interrupted                a verb was stopped before its end: it is undone, or can be gone on with
     ├── ProtocolError
     │   ├── RemoteProtocolError    the peer broke the protocol
     │   └── LocalProtocolError     this side was used in a way that would break it
@@ -85,6 +86,10 @@ class FileTooLarge(StorageError):
 
 class CloneFailed(StorageError):
     """A sync of this clone failed: what the disk holds is unknown, so no more writes are taken."""
+
+
+class Interrupted(NBDCloneError):
+    """A verb was stopped before its end. It is undone, or the same verb goes on from where it was."""
 
 
 class ProtocolError(NBDCloneError):

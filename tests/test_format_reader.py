@@ -798,7 +798,7 @@ def test_a_feature_that_may_be_ignored_is(store: Path, written: Disk) -> None:
 
 @pytest.mark.parametrize("slot", [0, 1])
 def test_the_header_with_the_higher_sequence_counts(store: Path, written: Disk, slot: int) -> None:
-    edit_headers(delta_of(store), 56, bytes(16), (HEADERS[1 - slot],))  # no such parent
+    edit_headers(delta_of(store), 56, b"nobody's".ljust(16), (HEADERS[1 - slot],))  # no such parent
     edit_headers(delta_of(store), 32, (1 << 40).to_bytes(8, "big"), (HEADERS[slot],))
     both_read(store, written)
     edit_headers(delta_of(store), 32, (1 << 41).to_bytes(8, "big"), (HEADERS[1 - slot],))
@@ -814,7 +814,7 @@ def test_a_base_under_another_name_is_found_by_its_id(store: Path, written: Disk
 
 
 def test_a_base_with_another_id_is_not_the_parent(store: Path, written: Disk) -> None:
-    edit_headers(delta_of(store), 56, bytes(16))
+    edit_headers(delta_of(store), 56, b"nobody's".ljust(16))
     both_refuse(store)
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from nbdclone.errors import InvalidName
 from nbdclone.server.peer import Peer, Subject, parse_subject
+from nbdclone.server.templates import PLUS
 from nbdclone.store.names import validate_name
 
 # What makes a pattern of a name. None of it can be in a name.
@@ -74,9 +75,10 @@ class Access:
         All the rules that match must admit the client: so their order does not matter.
         """
         # All patterns are tried, always: how long this takes says nothing about the rules.
-        matching = [(name, rule) for match, name, rule in self._patterns if match(export_name)]
-        if export_name in self._rules:
-            matching.append((export_name, self._rules[export_name]))
+        plain = export_name.removesuffix(PLUS)
+        matching = [(name, rule) for match, name, rule in self._patterns if match(export_name) or match(plain)]
+        if plain in self._rules:  # a new clone of a base is for those who may have the base
+            matching.append((plain, self._rules[plain]))
         return next((name for name, rule in matching if not rule.admits(peer)), None)
 
 

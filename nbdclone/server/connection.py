@@ -36,8 +36,11 @@ LINGER_S = 1.0
 class Opener(Protocol):
     """What a connection gets its export from."""
 
-    async def acquire(self, name: str) -> Export:
-        """The export of that name, to be given back. Raises NBDCloneError, OSError; Elsewhere."""
+    async def acquire(self, name: str, *, refused: bool = False) -> Export:
+        """The export of that name, to be given back. Raises NBDCloneError, OSError; Elsewhere.
+
+        ``refused``: the name is one that nobody asked for, and is only looked for.
+        """
 
     async def release(self, export: Export) -> None:
         """Give it back."""
@@ -103,6 +106,26 @@ class Connection:
                     await self._linger()
             finally:
                 self._sock.close()
+
+    @property
+    def export_name(self) -> str | None:
+        """The export that it has."""
+        return None if self._export is None else self._export.clone.name
+
+    @property
+    def task(self) -> asyncio.Task[None] | None:
+        """What ends when it has ended."""
+        return self._task
+
+    @property
+    def since(self) -> float:
+        """When it came, in Unix seconds."""
+        return self._peer.since
+
+    def record(self) -> dict[str, Any]:
+        """Who the client is, as JSON can hold it."""
+        record = self._peer.record()
+        return {"peer": record.pop("label"), **record}
 
     def drain(self) -> None:
         """Answer what was asked and end; a handshake ends at once. One that is relayed ends when its owner ends it."""
@@ -197,7 +220,7 @@ class Connection:
         assert self._server.tls is not None
         self._sock = secured = TLSSocket(self._raw, self._server.tls, self._loop)
         await secured.handshake()
-        self._peer = replace(self._peer, subject=secured.subject or None)
+        self._peer = replace(self._peer, subject=secured.subject or None, tls=secured.version)
         logger.debug("%s: %s, certificate: %r", self._peer, secured.version, secured.subject)
 
     async def _answer(self, handshake: ServerHandshake, event: OpenExport) -> None:
@@ -215,7 +238,10 @@ class Connection:
         decoy = access.decoy(event.name)
         rule = access.refusing_rule(event.name, self._peer)
         try:
-            export = await self._exports.acquire(event.name if rule is None else decoy)
+            if rule is None:
+                export = await self._exports.acquire(event.name)
+            else:
+                export = await self._exports.acquire(decoy, refused=True)
         except (NBDCloneError, OSError) as error:
             text, reply = refusal(error, event.name, self._peer)
             self._log_refusal(event.name, describe(error) if rule is None else refused_by(rule, self._peer), reply)

@@ -42,7 +42,8 @@ class Export:
         self.changing = False  # a change runs in a thread, or waits to
         self._offload = offload
         self._loop = loop
-        self._changes: deque[tuple[Callable[[], Any], Callable[[], Any] | None, Done]] = deque()
+        # What to do in a thread (None: nothing), what on the loop.
+        self._changes: deque[tuple[Callable[[], Any] | None, Callable[[], Any] | None, Done]] = deque()
         self._flush_waiting: list[Done] = []
         self._flushing = False
         self._stalled_until = 0.0
@@ -68,10 +69,10 @@ class Export:
         self._changes.append((work, attempt, done))
         if not self.changing:
             self.changing = True
-            self._submit_change()
+            self._submit_change(work)
 
-    def _submit_change(self) -> None:
-        work, _attempt, done = self._changes[0]
+    def _submit_change(self, work: Callable[[], Any]) -> None:
+        done = self._changes[0][2]
 
         def changed(result: Any, error: BaseException | None) -> None:
             self._finish_change(done, result, error)
@@ -79,25 +80,38 @@ class Export:
 
         self._offload.submit(work, changed, self)
 
+    def change_here(self, step: Callable[[], Any], done: Done) -> None:
+        """Do a step on the event loop, after the changes before it: for what no read on the loop may run beside.
+
+        It must be quick: everybody waits for it.
+        """
+        self._changes.append((None, step, done))
+        if not self.changing:
+            self.changing = True
+            self._next_change()
+
     def _next_change(self) -> None:
-        for _ in range(MAX_ATTEMPTS):
-            if not self._changes:
-                self.changing = False
+        attempts = 0
+        while self._changes:
+            work, attempt, done = self._changes[0]
+            if work is not None and (attempt is None or attempts == MAX_ATTEMPTS or self.stalled):
+                self._submit_change(work)
                 return
-            _work, attempt, done = self._changes[0]
-            if attempt is None or self.stalled:
-                break
+            assert attempt is not None
+            attempts += 1
+            result: Any = None
             failure: Exception | None = None
             began = perf_counter()
             try:
-                attempt()
-            except BlockingIOError:
-                break
+                result = attempt()
             except Exception as error:
+                if work is not None and isinstance(error, BlockingIOError):
+                    self._submit_change(work)
+                    return
                 failure = error
             self.note_write_time(perf_counter() - began)
-            self._finish_change(done, None, failure)
-        self._submit_change()
+            self._finish_change(done, result, failure)
+        self.changing = False
 
     def _finish_change(self, done: Done, result: Any, error: BaseException | None) -> None:
         self._changes.popleft()
@@ -166,7 +180,7 @@ class Exports:
         # By name, while it is being opened or closed: the lock, and how many hold it or wait for it.
         self._turns: dict[str, tuple[asyncio.Lock, set[object]]] = {}
 
-    async def acquire(self, name: str) -> Export:
+    async def acquire(self, name: str, *, refused: bool = False) -> Export:
         """The export of that name, to be given back with :meth:`release`. Raises what ``Pool.open_clone`` raises."""
         async with self._turn(name):
             export = self._open.get(name)
@@ -175,6 +189,14 @@ class Exports:
                 export = self._open[name] = Export(clone, self._offload, self._loop)
                 export.set_limit(self._limits.of(name))
             export.users += 1
+            return export
+
+    async def acquire_open(self, name: str) -> Export | None:
+        """The same, of one that is open already; None if it is not."""
+        async with self._turn(name):
+            export = self._open.get(name)
+            if export is not None:
+                export.users += 1
             return export
 
     async def release(self, export: Export) -> None:
@@ -190,6 +212,11 @@ class Exports:
                 await self._keeper.run(lambda: self._close_clone(export.clone))
             except Exception as error:
                 logger.error("closing '%s': %s", name, error)
+
+    @property
+    def open_names(self) -> list[str]:
+        """The names of those that are open."""
+        return sorted(self._open)
 
     def change_limits(self, limits: Limits) -> None:
         """Other limits from now on, for the exports too that are open."""

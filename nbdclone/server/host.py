@@ -122,6 +122,47 @@ class Host:
         finally:
             self._held.close()
 
+    # For verbs, and whoever wants to know
+
+    @property
+    def exports(self) -> Exports:
+        """What is open here."""
+        return self._exports
+
+    @property
+    def has_clients(self) -> bool:
+        return bool(self._connections)
+
+    async def clients(self, name: str) -> list[dict[str, Any]]:
+        """Who has this export here."""
+        return [connection.record() for connection in self._with(name)]
+
+    async def disconnect(self, name: str) -> None:
+        """End the connections to this export, and wait until they are gone."""
+        ending = self._with(name)
+        for connection in ending:
+            connection.abandon()
+        tasks = {connection.task for connection in ending if connection.task is not None}
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _with(self, name: str) -> list[Connection]:
+        return [connection for connection in self._in_order() if connection.export_name == name]
+
+    def _in_order(self) -> list[Connection]:
+        """Whoever came first, first."""
+        return sorted(self._connections, key=lambda connection: connection.since)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Every export that is open here, and who has it, as JSON can hold it."""
+        clients: dict[str, list[dict[str, Any]]] = {name: [] for name in self._exports.open_names}
+        for connection in self._in_order():
+            if (name := connection.export_name) is not None:
+                clients.setdefault(name, []).append(connection.record())
+        return [{"name": name, "clients": found} for name, found in clients.items()]
+
+    # Connections
+
     def take_settings(self, settings: Settings) -> None:
         """Others from now on: the rules for clients to come, the limits for all."""
         self.settings = settings

@@ -74,6 +74,15 @@ class Owners:
         """The workers to which connections may go."""
         return [number for number, worker in self._workers.items() if worker.open and worker.ready]
 
+    @property
+    def open(self) -> bool:
+        """Is there a worker that may be given something new?"""
+        return any(worker.open for worker in self._workers.values())
+
+    def exports_of(self, worker: int) -> list[str]:
+        """The exports that it has."""
+        return sorted(self._workers[worker].exports)
+
     def without_exports(self) -> bool:
         """Is there a worker, to be given something, that has no export yet?"""
         return any(worker.open and not worker.exports for worker in self._workers.values())
@@ -93,10 +102,15 @@ class Owners:
         self._workers[worker].handshakes.add(number)
         return worker
 
-    def claim(self, number: int, name: str) -> int:
+    def enlist(self, number: int) -> None:
+        """Something that claims an export as a connection does, and comes from no worker."""
+        self._connections[number] = _Connection(None)
+
+    def claim(self, number: int, name: str, *, here: bool = False) -> int:
         """The connection wants this export, and no other any more: the worker that has it, or will have it.
 
-        A new one goes to the worker that asks, unless another has less to do.
+        A new one goes to the worker that asks, unless another has less to do; ``here``: to that one in any case. There
+        must be one that is open.
         """
         connection = self._connections[number]
         if connection.claimed == name:
@@ -106,6 +120,8 @@ class Owners:
             self._workers[asking].handshakes.discard(number)
         if name not in self._owners:
             candidates = [number for number, worker in self._workers.items() if worker.open]
+            if here and asking is not None:
+                candidates = [asking]
             self._owners[name] = owner = self._least_loaded(candidates, asking)
             self._workers[owner].exports.add(name)
             self._claims[name] = set()
@@ -152,6 +168,10 @@ class Owners:
             del self._connections[number]
             return True
         return False
+
+    def has(self, name: str) -> bool:
+        """Does a worker have this export, or will have it?"""
+        return name in self._owners
 
     def __contains__(self, number: object) -> bool:
         return number in self._connections

@@ -7,7 +7,8 @@ import os
 import re
 import socket
 import struct
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
@@ -37,13 +38,16 @@ class Peer:
     """A client. ``label`` is for the log; ``uid`` is the kernel's word on who opened a Unix socket.
 
     ``address`` is None on a Unix socket; an IPv4 address that was mapped into IPv6 is IPv4. ``subject`` is that of a
-    client certificate that was verified, in the form of RFC 4514: ``CN=web1,O=Lab``.
+    client certificate that was verified, in the form of RFC 4514: ``CN=web1,O=Lab``. ``tls`` is its version, once
+    there is any; ``since`` is when it came, in Unix seconds.
     """
 
     label: str
     address: IPv4Address | IPv6Address | None = None
     uid: int | None = None
     subject: str | None = None
+    tls: str | None = None
+    since: float = field(default=0.0, compare=False)
 
     @classmethod
     def of(cls, sock: socket.socket, address: object) -> Peer:
@@ -54,13 +58,13 @@ class Peer:
             ip = ip_address(host.partition("%")[0])
             if isinstance(ip, IPv6Address):
                 ip = ip.ipv4_mapped or ip
-            return cls(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", ip)
+            return cls(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", ip, since=time.time())
         with contextlib.suppress(OSError):
             pid, uid, _gid = _CREDENTIALS.unpack(
                 sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             )
-            return cls(f"unix uid {uid} pid {pid}", uid=uid)
-        return cls("unix")
+            return cls(f"unix uid {uid} pid {pid}", uid=uid, since=time.time())
+        return cls("unix", since=time.time())
 
     def record(self) -> dict[str, Any]:
         """The same for another process, as JSON can hold it: ``from_record``."""

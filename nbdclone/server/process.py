@@ -38,7 +38,7 @@ class Process:
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                self._popen = _start(pool, theirs.fileno())
+                self._popen = start("nbdclone.server.worker", pool, theirs.fileno())
         except BaseException:
             ours.close()
             raise
@@ -66,9 +66,12 @@ def describe_status(status: int) -> str:
         return f"was ended by signal {-status}"
 
 
-def _start(pool: Path, fd: int) -> subprocess.Popen[bytes]:
-    """The same Python with the same code: -P and PYTHONPATH say where that is, wherever this was started."""
-    command = [sys.executable, "-P", "-m", "nbdclone.server.worker", "--pool", str(pool), "--channel", str(fd)]
+def start(module: str, pool: Path, fd: int) -> subprocess.Popen[bytes]:
+    """Run a module that takes --pool and --channel.
+
+    The same Python with the same code: -P and PYTHONPATH say where that is, wherever this was started.
+    """
+    command = [sys.executable, "-P", "-m", module, "--pool", str(pool), "--channel", str(fd)]
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
     # Blocked at once, or Ctrl-C would reach it before it can say that it does not want it; see ``worker``.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)

@@ -12,18 +12,23 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from itertools import count
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from nbdclone.errors import UsageError
+from nbdclone.control.serve import ControlServer
+from nbdclone.control.verbs import Arguments
+from nbdclone.errors import Interrupted, UsageError
 from nbdclone.protocol.handshake import TLSMode
 from nbdclone.server.accept import Acceptor
 from nbdclone.server.admission import MAX_CONNECTIONS, Admission
 from nbdclone.server.budget import MIN_MEMORY, default_memory
 from nbdclone.server.channel import Message
+from nbdclone.server.ephemeral import Ephemerals
 from nbdclone.server.host import Options, tls_mode
+from nbdclone.server.jobs import Job, Jobs
 from nbdclone.server.owners import Owners
 from nbdclone.server.peer import Peer
 from nbdclone.server.process import Process, describe_status
@@ -105,6 +110,8 @@ class Supervisor:
         self._failures = 0  # workers that died young, or could not be started, one after the other
         self._not_before = 0.0  # when the next may be started
         self._pausing: asyncio.TimerHandle | None = None
+        self._moved = asyncio.Event()  # set, and replaced, whenever what was parked is tried again
+        self._jobs = Jobs(pool, self, lambda: next(self._numbers), self._begin_task)
         self._stopping = False
 
     # The whole
@@ -114,18 +121,23 @@ class Supervisor:
         with contextlib.ExitStack() as held:
             self._lock = held.enter_context(self.pool.served())
             self._settings = read_text(self.pool.settings_path)
-            parse_settings(self._settings, self.pool.settings_path)
+            self._templates = parse_settings(self._settings, self.pool.settings_path).templates
+            self._ephemerals = Ephemerals(self.pool, self._owners.has, self._begin_task)
             self._acceptor = Acceptor(self._admission, QuietLog(logger, self._loop.time), self._begin)
             held.callback(self._acceptor.close)
             required = tls_mode(self._tls) is TLSMode.REQUIRED
             local_only = not (required or self._insecure)
             self.uris = self._acceptor.listen(self._listen, self._sockets, tls=required, local_only=local_only)
+            self._control = ControlServer(self)
+            held.callback(self._control.stop)
             self._tasks = await asyncio.TaskGroup().__aenter__()
             try:
                 await self._start_first()
             except BaseException:
                 await self._stop()
                 raise
+            self._control.start()
+            await self._ephemerals.start()
             self._held = held.pop_all()
         self._retiring = self._loop.call_later(IDLE_S, self._retire, set())
         return self
@@ -137,14 +149,19 @@ class Supervisor:
         try:
             self._retiring.cancel()
             self._acceptor.close()
+            self._control.stop()
             await self._stop()
         finally:
+            await self._control.close()
             self._held.close()
 
     async def _stop(self) -> None:
         self._stopping = True
         if self._pausing is not None:
             self._pausing.cancel()
+        self._jobs.stop()
+        self._ephemerals.stop()
+        self._moved.set()
         for process in self._processes.values():
             self._end(process)
         await self._tasks.__aexit__(None, None, None)  # one for each worker, until it is dead
@@ -156,11 +173,11 @@ class Supervisor:
         settings = tls = False
         try:
             text = read_text(self.pool.settings_path)
-            parse_settings(text, self.pool.settings_path)
+            templates = parse_settings(text, self.pool.settings_path).templates
         except UsageError as error:
             logger.error("the settings stay as they were: %s", error)
         else:
-            self._settings, settings = text, True
+            self._settings, self._templates, settings = text, templates, True
         if self._tls is not None:
             try:
                 self._tls.reload()
@@ -272,7 +289,8 @@ class Supervisor:
         del self._processes[process.number]
         names, gone = self._owners.remove(process.number)
         for number in gone:
-            self._acceptor.leave(self._peers.pop(number))
+            if number in self._peers:  # else it was a verb
+                self._acceptor.leave(self._peers.pop(number))
         if status or not (process.expected or process.refusal):
             shown = ", ".join(f"'{name}'" for name in names) or "no export"
             logger.error("worker %d %s; it had %s", process.pid, describe_status(status), shown)
@@ -285,6 +303,8 @@ class Supervisor:
 
     def _unpark(self) -> None:
         parked, self._parked = self._parked, []
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
         for asking, message, fd in parked:
             self._take(asking, message, fd)
 
@@ -318,8 +338,14 @@ class Supervisor:
             self._leave(number, relay=message["relay"])
         elif verb == "release":
             self._owners.release(number)
+            self._ephemerals.look()
+        elif verb == "make":
+            self._begin_task(self._make(process, message))
+        elif verb == "progress":
+            self._jobs.note(number, *message["progress"])
         else:
-            owner = self._owners.claim(number, message["name"])
+            owner = self._owners.claim(number, message["name"], here=message.get("here", False))
+            self._ephemerals.claimed(message["name"])
             if self._processes[owner].ending or not self._processes[owner].settled.is_set():
                 self._parked.append((process, message, fd))
             elif verb == "claim":
@@ -341,6 +367,69 @@ class Supervisor:
     def _leave(self, number: int, *, relay: bool = False) -> None:
         if self._owners.leave(number, relay=relay):
             self._acceptor.leave(self._peers.pop(number))
+        self._ephemerals.look()
+
+    async def _make(self, process: Process, message: Message) -> None:
+        """Make the clone that a client has asked for by a template."""
+        process.channel.answer(message, **await self._ephemerals.make(message["name"], self._templates))
+
+    # Verbs
+
+    def begin(self, verb: str, arguments: Arguments) -> contextlib.AbstractAsyncContextManager[Job]:
+        """Begin a verb: ``Jobs.begin``."""
+        return self._jobs.begin(verb, arguments)
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """The verbs at work."""
+        return self._jobs.records()
+
+    def workers(self) -> list[dict[str, Any]]:
+        """The processes that serve, and what each has."""
+        return [
+            {"pid": process.pid, "exports": self._owners.exports_of(number)}
+            for number, process in self._processes.items()
+        ]
+
+    async def exports(self) -> list[dict[str, Any]]:
+        """Every export that is open: its name, its worker, and the clients that have it."""
+        asked = [process for process in self._processes.values() if process.settled.is_set() and not process.ending]
+        answers = await asyncio.gather(
+            *[process.channel.ask({"do": "look"}) for process in asked], return_exceptions=True
+        )
+        return sorted(
+            (
+                {"name": export["name"], "worker": process.pid, "clients": export["clients"]}
+                for process, answer in zip(asked, answers, strict=True)
+                if isinstance(answer, dict)  # else it has just died
+                for export in answer["exports"]
+            ),
+            key=lambda export: str(export["name"]),
+        )
+
+    def _begin_task(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.create_task(work)
+
+    async def place(self, number: int, name: str) -> Process:
+        """The worker that has this export, or is to have it, claimed as for a connection of this number."""
+        self._owners.enlist(number)
+        while not self._stopping:
+            moved = self._moved
+            if self._owners.open:
+                process = self._processes[self._owners.claim(number, name)]
+                self._ephemerals.claimed(name)
+                self._provide()
+                if process.settled.is_set() and not process.ending:
+                    self._owners.move(number, process.number, relayed=False)
+                    return process
+            await moved.wait()
+        self._owners.leave(number)
+        raise Interrupted("the server is ending")
+
+    def leave(self, number: int) -> None:
+        """What was claimed with ``place`` is given back, unless it went with its worker."""
+        if number in self._owners:
+            self._owners.leave(number)
+        self._ephemerals.look()
 
 
 def _close(fd: int | None) -> None:

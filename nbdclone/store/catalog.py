@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from nbdclone.store.delta_file import NO_PARENT, Header, read_header
 from nbdclone.store.image import BaseRecord, Identity
 from nbdclone.store.locks import describe_process, holders
 from nbdclone.store.names import split_name
-from nbdclone.store.places import Places, Snapshot
+from nbdclone.store.places import EPHEMERAL, Places, Snapshot
 
 Locks = Mapping[tuple[int, int], int]
 
@@ -42,7 +43,7 @@ class BaseInfo:
 class CloneInfo:
     """A clone. ``allocated`` is what its delta takes on the disk, and ``quota`` what it may; ``in_use_by`` says who has
     it open, in words. ``parent`` is the base or the snapshot beneath its delta, None if it was cut free; ``base`` is at
-    the bottom. ``snapshots``: its own, oldest first.
+    the bottom. ``snapshots``: its own, oldest first. ``ephemeral``: it goes when its time is over.
     """
 
     kind: ClassVar[str] = "clone"
@@ -58,6 +59,7 @@ class CloneInfo:
     error: str | None = None
     base: str | None = None
     snapshots: tuple[str, ...] = ()
+    ephemeral: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,6 @@ class Catalog:
     def __init__(self, places: Places) -> None:
         self._places = places
         self._fs = places.fs
-        self._locks: Locks = holders()
         self._bases: dict[bytes, str] | None = None
         self._named: dict[bytes, str] | None = None
         self._headers: dict[bytes, Header | None] = {}  # of layers
@@ -173,6 +174,7 @@ class Catalog:
             missing,
             base,
             tuple(self._places.snapshots(name, header.id)) if self._layered else (),
+            os.path.exists(f"{self._places.clones}/{name}/{EPHEMERAL}"),
         )
 
     def _snapshot(self, name: str, snapshot: Snapshot) -> SnapshotInfo:
@@ -183,6 +185,11 @@ class Catalog:
             return SnapshotInfo(name, layer, 0, 0, created, "", error=str(error))
         parent, base, missing = self._beneath(header)
         return SnapshotInfo(name, layer, header.size, status.st_blocks * 512, created, parent, base, missing)
+
+    @functools.cached_property
+    def _locks(self) -> Locks:
+        """Asked for once, by who needs it: the kernel's table has the locks of the whole machine."""
+        return holders()
 
     # What is beneath
 

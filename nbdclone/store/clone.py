@@ -383,6 +383,12 @@ class Clone:
         else:
             self._zero_blocks(offset, length, nowait=False, allocate=allocate)
 
+    def look_at_quota(self) -> None:
+        """The quota was changed: hold to it from the next write on, and not only when the lease is used up."""
+        with self._changing:
+            if self._delta is not None:
+                self._delta.quota.lease = 0
+
     def flush(self) -> None:
         """Make durable every write that was finished before the call. Raises OSError, CloneFailed."""
         if self._delta:

@@ -394,3 +394,13 @@ def _boot_id() -> bytes:
 
 
 FILE_SYSTEM = FileSystem()
+
+
+def write_durably(path: Path, content: bytes, fs: FileSystem) -> None:
+    """Make a new file with this content, durable; its name is so when its directory is synced. Raises OSError."""
+    fd = fs.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        fs.pwrite_all(fd, content, 0)
+        fs.sync(fd)
+    finally:
+        fs.close(fd)

@@ -37,12 +37,21 @@ def open_disk(places: Places, name: str) -> Clone:
 def open_snapshot(places: Places, name: str) -> list[Layer]:
     """The layers of a snapshot, from the bottom upwards. Raises NotFound, and what :func:`open_disk` raises."""
     what = f"snapshot '{name}'"
-    top = Sealed.open(places.layer(places.snapshot(name).layer), what, places.fs)
+    top = open_layer(places, places.snapshot(name).layer, what)
     try:
         return [*open_beneath(places, what, top.header), top]
     except BaseException:
         top.close()
         raise
+
+
+def open_layer(places: Places, layer_id: bytes, what: str) -> Sealed:
+    """Raises NotFound, InUse (it is being removed), CorruptDelta (also where it is another), UnsupportedFormat."""
+    layer = Sealed.open(places.layer(layer_id), what, places.fs)
+    if layer.header.id != layer_id:
+        layer.close()
+        raise CorruptDelta(str(layer.path), f"{what}: another delta stands there, {layer.header.id.hex()}")
+    return layer
 
 
 def open_beneath(places: Places, what: str, header: Header) -> list[Layer]:
@@ -55,9 +64,7 @@ def open_beneath(places: Places, what: str, header: Header) -> list[Layer]:
                 raise CorruptDelta(str(places.path), f"{what} is beneath itself, or on more than {MAX_LAYERS} layers")
             seen.add(header.parent_id)
             try:
-                layer = Sealed.open(
-                    places.layer(header.parent_id), f"{what}: layer {header.parent_id.hex()}", places.fs
-                )
+                layer = open_layer(places, header.parent_id, f"{what}: layer {header.parent_id.hex()}")
             except NotFound:
                 base = open_parent(places, what, header)
                 held.callback(base.close)

@@ -7,6 +7,7 @@
     POOL/settings.toml   what a server of it obeys; written by people, and optional
     POOL/.lock       held for the moment in which a name appears or goes
     POOL/.server     held by the server of the pool for as long as it runs
+    POOL/.control    the Unix socket on which it is told what to do; .control.new while it is made
     POOL/.tmp/       what is being made or removed; leftovers of the dead are cleared by the next who comes
 
 There is no database: a name is a directory's name, and the files inside say the rest. Whatever appears, is made whole
@@ -34,8 +35,9 @@ from nbdclone.store.locks import is_locked_directory, take
 from nbdclone.store.names import is_name, split_name
 
 SETTINGS = "settings.toml"
-# The sealed names of a clone, in its directory.
+# The names of a clone's snapshots, in its directory; and how long it is to live, if it is not to stay.
 SNAPSHOTS = "snapshots"
+EPHEMERAL = "ephemeral"
 # Held, in a directory of ``.tmp``, by whoever makes something there.
 STAGING_LOCK = ".lock"
 # How the directories in ``.tmp`` begin that keep what came of a stream, and for how long: time to notice, and to send
@@ -43,10 +45,10 @@ STAGING_LOCK = ".lock"
 RECEIVED = "receive-"
 RECEIVED_STATE = "state.json"
 KEEP_RECEIVED_S = 14 * 86400
-# The socket of the running server.
-CONTROL = ".control"
+CONTROL_SOCKET = ".control"
+NEW_CONTROL_SOCKET = ".control.new"
 # What is in a pool's directory.
-ENTRIES = {"bases", "clones", "layers", SETTINGS, CONTROL, ".lock", ".server", ".tmp"}
+ENTRIES = {"bases", "clones", "layers", SETTINGS, CONTROL_SOCKET, NEW_CONTROL_SOCKET, ".lock", ".server", ".tmp"}
 # A record of a snapshot has some 90 bytes; whatever is longer is none.
 MAX_RECORD = 4096
 
@@ -71,7 +73,7 @@ class Snapshot(NamedTuple):
             with open(fd, encoding="ascii") as file:
                 read = json.loads(file.read(MAX_RECORD))
             layer, created = bytes.fromhex(read["layer"]), int(read["created"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StorageError(f"{path}: not a snapshot's record ({error})") from None
         if len(layer) != 16:
             raise StorageError(f"{path}: not a snapshot's record (an id of {len(layer)} bytes)")
@@ -149,11 +151,11 @@ class Places:
         finally:
             self.fs.close(fd)
 
-    def snapshots(self, clone: str, own_id: bytes | None = None) -> dict[str, Snapshot]:
+    def snapshots(self, clone: str, own_id: bytes | None = None, *, strict: bool = False) -> dict[str, Snapshot]:
         """The snapshots of a clone by name, oldest first. ``own_id``: of its delta, if that is known.
 
         One whose layer is still the clone's own delta was cut off before its commit, and does not count. One that
-        cannot be read is left out.
+        cannot be read is left out; ``strict``: raises StorageError.
         """
         directory = self.clones / clone / SNAPSHOTS
         found: dict[str, Snapshot] = {}
@@ -165,7 +167,7 @@ class Places:
             with contextlib.suppress(NBDCloneError, OSError):
                 own_id = self.header(self.delta(clone)).id
         for name in names:
-            with contextlib.suppress(NBDCloneError):
+            with contextlib.suppress(NotFound if strict else NBDCloneError):
                 found[name] = Snapshot.load(directory / name, self.fs)
         counting = [item for item in found.items() if item[1].layer != own_id]
         return dict(sorted(counting, key=lambda item: (item[1].created, item[0])))

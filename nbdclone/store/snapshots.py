@@ -20,15 +20,17 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 
-from nbdclone.errors import NameTaken, NotFound, UsageError
+from nbdclone.errors import NameTaken, NotFound, StorageError, UsageError
 from nbdclone.store.catalog import Catalog
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import NO_PARENT, Header
+from nbdclone.store.fs import write_durably
 from nbdclone.store.image import BaseRecord
 from nbdclone.store.layer import MAX_LAYERS
 from nbdclone.store.names import validate_name
 from nbdclone.store.places import SNAPSHOTS, Places, Snapshot
+from nbdclone.store.removal import needed_layers
 
 
 def origin_of(header: Header) -> bytes:
@@ -68,7 +70,7 @@ def take_snapshot(places: Places, clone: Clone, snapshot: str) -> None:
     with places.no_space_left(f"snapshot '{name}@{snapshot}'"), places.staging() as staging:
         old = clone.delta.header
         Delta.create(staging / "delta", successor(old, old.id, f"{name}@{snapshot}"), fs)
-        _write(staging / "record", Snapshot(old.id, time.time_ns()).dump(), places)
+        write_durably(staging / "record", Snapshot(old.id, time.time_ns()).dump(), fs)
         fs.mkdir(staging / "layer")
         fs.link(own / "delta", staging / "layer" / "delta")
         fs.sync_directory(staging / "layer")
@@ -94,7 +96,7 @@ def take_snapshot(places: Places, clone: Clone, snapshot: str) -> None:
                     clone.stack(commit, places.layer(old.id))
                 finally:
                     if not committed:
-                        with contextlib.suppress(OSError):
+                        with contextlib.suppress(OSError, StorageError):
                             clear_cut_off(places, name, old.id)
         finally:
             if not committed:
@@ -119,9 +121,15 @@ def _place(places: Places, staging: Path, own: Path, layer_id: bytes, snapshot: 
 def clear_cut_off(places: Places, name: str, own_id: bytes) -> None:
     """Remove what a snapshot left that did not come to its commit: its names. To be called when changing.
 
-    Before the clone's delta gets another id: for then they would count.
+    Before the clone's delta gets another id: for then they would count. Raises StorageError if others need what has
+    that id: then the clone is a copy of another, made by hand before that one had a snapshot.
     """
     fs = places.fs
+    layer = places.layer(own_id).parent
+    if layer.is_dir() and (above := needed_layers(places, places.names_in(places.clones)).get(own_id)):
+        raise StorageError(
+            f"clone '{name}' has the id of a layer that {sorted(above)[0]!r} needs: it is a copy of that"
+        )
     directory = places.clones / name / SNAPSHOTS
     if directory.is_dir():
         removed = False
@@ -132,7 +140,6 @@ def clear_cut_off(places: Places, name: str, own_id: bytes) -> None:
                     removed = True
         if removed:
             fs.sync_directory(directory)
-    layer = places.layer(own_id).parent
     if layer.is_dir():
         fs.remove_tree(layer)
         fs.sync_directory(places.layers)
@@ -184,13 +191,3 @@ def _require_present(places: Places, clone: Clone) -> None:
     path = places.delta(clone.name)
     if not places.fs.still_there(path, places.fs.fstat(clone.delta.fd)):
         raise NotFound(f"clone '{clone.name}' was removed just now ({path})")
-
-
-def _write(path: Path, content: bytes, places: Places) -> None:
-    fs = places.fs
-    fd = fs.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        fs.pwrite_all(fd, content, 0)
-        fs.sync(fd)
-    finally:
-        fs.close(fd)

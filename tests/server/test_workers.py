@@ -231,15 +231,15 @@ async def test_while_workers_die_clients_lose_connections_and_nothing_else(
 async def test_without_a_worker_who_comes_waits_and_the_pauses_grow(
     pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    start = process_module._start
+    start = process_module.start
     starts: list[float] = []
     loop = asyncio.get_running_loop()
 
-    def start_badly(pool: Path, fd: int) -> object:
+    def start_badly(module: str, pool: Path, fd: int) -> object:
         starts.append(loop.time())
-        return start(pool / "missing" if 1 < len(starts) < 6 else pool, fd)
+        return start(module, pool / "missing" if 1 < len(starts) < 6 else pool, fd)
 
-    monkeypatch.setattr(process_module, "_start", start_badly)
+    monkeypatch.setattr(process_module, "start", start_badly)
     async with supervised(pool) as server:
         os.kill(children()[0], signal.SIGKILL)
         await until(lambda: "SIGKILL" in caplog.text)
@@ -251,8 +251,8 @@ async def test_without_a_worker_who_comes_waits_and_the_pauses_grow(
 
 
 async def test_a_first_worker_that_cannot_serve_is_an_error(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = process_module._start
-    monkeypatch.setattr(process_module, "_start", lambda pool, fd: start(pool / "missing", fd))
+    start = process_module.start
+    monkeypatch.setattr(process_module, "start", lambda module, pool, fd: start(module, pool / "missing", fd))
     with pytest.raises(UsageError, match="is not a pool"):
         async with supervised(pool):
             pass
