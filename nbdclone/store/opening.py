@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from nbdclone.errors import BaseChanged, CorruptDelta, NBDCloneError, NotFound
+from nbdclone.errors import BaseChanged, CorruptDelta, NBDCloneError, NotFound, StorageError
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import NO_PARENT, Header
@@ -37,7 +37,12 @@ def open_disk(places: Places, name: str) -> Clone:
 def open_snapshot(places: Places, name: str) -> list[Layer]:
     """The layers of a snapshot, from the bottom upwards. Raises NotFound, and what :func:`open_disk` raises."""
     what = f"snapshot '{name}'"
-    top = open_layer(places, places.snapshot(name).layer, what)
+    layer_id = places.snapshot(name).layer
+    try:
+        top = open_layer(places, layer_id, what)
+    except NotFound as error:
+        places.snapshot(name)  # or it was removed just now
+        raise StorageError(f"{what} is refused: its layer is missing ({places.layer(layer_id)})") from error
     try:
         return [*open_beneath(places, what, top.header), top]
     except BaseException:
@@ -106,7 +111,8 @@ def open_parent(places: Places, what: str, header: Header) -> Image:
     except NBDCloneError as error:
         raise type(error)(f"{what} is refused: its base '{header.parent_name}': {error}") from None
     if parent is None:
-        raise BaseChanged(f"{what}: its base '{header.parent_name}' ({header.parent_id.hex()}) is missing")
+        kind = "layer" if "@" in header.parent_name else "base"
+        raise BaseChanged(f"{what}: its {kind} '{header.parent_name}' ({header.parent_id.hex()}) is missing")
     try:
         base = Image.open(parent, places.bases / parent, places.fs)
     except BaseChanged as error:
