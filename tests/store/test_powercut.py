@@ -123,7 +123,7 @@ MUTATIONS = {
         DeltaMap, "write", "MAP_SLOTS[1 - state.slot]", "MAP_SLOTS[0]"
     ),
     "the newest page is written over": Mutation(DeltaMap, "written", "state.slot = 1 - state.slot", "pass"),
-    "the older page is believed": Mutation(DeltaMap, "_read", "max(valid)", "min(valid)"),
+    "the older page is believed": Mutation(DeltaMap, "read", "max(valid)", "min(valid)"),
     "a new delta takes its file for synced": Mutation(
         Delta, "__init__", "self._unsynced = True", "self._unsynced = False"
     ),
