@@ -74,6 +74,11 @@ class Opened(Protocol):
         GeneratorExit. Raises what it raises.
         """
 
+    def change_here(self, step: Callable[[], T]) -> T:
+        """The same for what no read on the event loop may run beside (``Clone.relayer``): where there is a loop, the
+        step is made on it, and must be quick.
+        """
+
     def flush(self) -> None:
         """Make durable what was changed before. Raises OSError, CloneFailed."""
 
@@ -147,6 +152,9 @@ VERBS: dict[str, Verb] = {
     for verb in [
         Verb("quota", "worker", "nbdclone.control.quota:change_quota"),
         Verb("disconnect", "worker", "nbdclone.control.clients:disconnect"),
+        Verb("rebase", "process", "nbdclone.store.rebasing:rebase"),
+        Verb("move_clone", "worker", "nbdclone.store.moving:move_clone"),
+        Verb("renew_clone", "worker", "nbdclone.store.moving:renew_clone"),
     ]
 }  # fmt: skip
 

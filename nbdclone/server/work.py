@@ -63,6 +63,10 @@ class WorkerOpened:
         self._work.waited_s += perf_counter() - asked - took_s
         return result
 
+    def change_here(self, step: Callable[[], T]) -> T:
+        result: T = self._work.wait_for(lambda done: self._export.change_here(step, done))
+        return result
+
     def flush(self) -> None:
         self._work.wait_for(self._export.flush)
 

@@ -50,6 +50,8 @@ class Sealed:
             status = fs.stat(path)
             with _opening:
                 if known := _opened.get((fs, status.st_dev, status.st_ino)):
+                    # What it stands on may be another than when it was opened: nobody asks before who opens it.
+                    known.header = read_header(known.fd, str(path), fs)
                     known._users += 1
                     return known
             fd = fs.open_file(path, os.O_RDONLY)
