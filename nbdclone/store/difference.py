@@ -21,6 +21,7 @@ from nbdclone.store.layer import (
     NOWHERE,
     SEGMENT_SIZE,
     Layer,
+    block_count,
     paint_bitmap,
     uniform,
 )
@@ -87,11 +88,12 @@ def compare_bases(old: Image, new: Image) -> Generator[tuple[int, int], None, di
     """
     chunks = _differing_chunks(old, new)
     found: dict[int, bytearray] = {}
+    end = block_count(old.size) * BLOCK_SIZE
     buffers = bytearray(CHUNK_SIZE), bytearray(CHUNK_SIZE)
     for number, chunk in enumerate(chunks, start=1):
         offset = chunk * CHUNK_SIZE
         for base, buffer in zip((old, new), buffers, strict=True):
-            wanted = min(max(base.size - offset, 0), CHUNK_SIZE)
+            wanted = min(max(min(base.size, end) - offset, 0), CHUNK_SIZE)
             count = base.fs.pread_all(base.fd, [buffer], offset, wanted) if wanted else 0
             buffer[count:] = bytes(CHUNK_SIZE - count)
         if buffers[0] != buffers[1]:

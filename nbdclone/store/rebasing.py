@@ -11,12 +11,13 @@ stand; all of these have to be named.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbdclone.errors import InUse, NotFound, UsageError
+from nbdclone.errors import Interrupted, InUse, NotFound, UsageError
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import NO_PARENT, Header
 from nbdclone.store.difference import compare_bases
@@ -29,10 +30,15 @@ from nbdclone.store.places import Places
 from nbdclone.store.sealed import Sealed
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from nbdclone.control.verbs import Steps, Target
 
 # What one clone counts in the progress of several.
 PART = 1 << 20
+# Clones at once: as many as keep two processors and a disk busy.
+AT_ONCE = 4
+PROGRESS_S = 0.05
 
 
 @dataclass(slots=True)
@@ -74,7 +80,7 @@ def rebase(target: Target, names: list[str], onto: str, keep_changes: bool = Fal
             states = {name: "done" for each in waiting for name in each.clones}
             return _result(onto, [_line(name, states.get(name, "already")) for each in moved for name in each.clones])
         staging = held.enter_context(places.staging())
-        total = len(bases) + len(moved)
+        total = len(bases) + len(waiting)
         moves: dict[bytes, tuple[Move, str]] = {}
         for number, (old_id, old) in enumerate(bases.items()):
             bitmaps = yield from _part(compare_bases(old, new), number, total)
@@ -82,14 +88,14 @@ def rebase(target: Target, names: list[str], onto: str, keep_changes: bool = Fal
             file = staging / f"move-{number}"
             move.save(file)
             moves[old_id] = move, str(file.relative_to(places.tmp))
-        reports: list[dict[str, Any]] = []
-        for number, each in enumerate(moved, start=len(bases)):
-            if each.header.parent_id == new.record.id:
-                reports += [_line(name, "already") for name in each.clones]
-                continue
-            move, path = moves[each.header.parent_id]
-            found = yield from _part(_move_one(target, each, move, path, new, dry_run), number, total)
-            reports += found
+        works = [
+            _move_one(target, each, *moves[each.header.parent_id], new, dry_run)
+            for each in moved
+            if each.header.parent_id != new.record.id
+        ]
+        found = yield from _part(together(works), len(bases), total, len(works))
+        done = {line["name"]: line for lines in found for line in lines}
+        reports = [done.get(name) or _line(name, "already") for each in moved for name in each.clones]
         if keep_changes:
             reports = [line | {"copied": 0, "after": line["before"]} for line in reports]
         return _result(onto, reports)
@@ -262,15 +268,55 @@ def _result(onto: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
     return {"onto": onto, "clones": lines}
 
 
-def _part(steps: Generator[tuple[int, int], None, Any], number: int, total: int) -> Steps:
-    """The steps, as the part of that number."""
+def _part(steps: Generator[tuple[int, int], None, Any], number: int, total: int, parts: int = 1) -> Steps:
+    """The steps, as ``parts`` of ``total`` parts, from that number on."""
     with contextlib.closing(steps):
         while True:
             try:
                 done, of = next(steps)
             except StopIteration as end:
                 return end.value
-            yield number * PART + min(done, of) * PART // max(of, 1), total * PART
+            yield number * PART + min(done, of) * PART * parts // max(of, 1), total * PART
+
+
+def together(works: Sequence[Generator[tuple[int, int], None, Any]]) -> Steps:
+    """Make the steps of several works, some at once: while one waits for its disk, others copy. Their results in order.
+
+    The first that raises interrupts the others, after the steps that they are at, and so does whoever closes this.
+    """
+    from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+
+    stop = threading.Event()
+    progress = [0] * len(works)
+
+    def work(number: int) -> Any:
+        with contextlib.closing(works[number]) as steps:
+            while not stop.is_set():
+                try:
+                    done, of = next(steps)
+                except StopIteration as end:
+                    progress[number] = PART
+                    return end.value
+                progress[number] = min(done, of) * PART // max(of, 1)
+        raise Interrupted("it was interrupted: the same again goes on from here")
+
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        pending = [threads.submit(work, number) for number in range(len(works))]
+        try:
+            while wait(pending, PROGRESS_S, FIRST_EXCEPTION).not_done and not any(map(_failed, pending)):
+                yield sum(progress), len(works) * PART
+        finally:
+            stop.set()
+            for each in pending:
+                each.cancel()
+    failed = [each for each in pending if _failed(each)]
+    # What was only interrupted says nothing of why.
+    failed.sort(key=lambda each: isinstance(each.exception(), Interrupted))
+    return [each.result() for each in failed or pending]
+
+
+def _failed(each: Future[Any]) -> bool:
+    return each.done() and not each.cancelled() and each.exception() is not None
 
 
 def _allocated(path: Path) -> int:
