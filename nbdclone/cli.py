@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nbdclone import __version__
-from nbdclone.commands import chains, images  # noqa: F401 - they register their verbs
+from nbdclone.commands import blocks, chains, images  # noqa: F401 - they register their verbs
 from nbdclone.commands.common import Json, State, app, parse_size, show_size
 from nbdclone.commands.common import open_pool as _pool
 from nbdclone.commands.common import print_json as _print_json

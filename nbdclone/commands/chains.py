@@ -67,4 +67,5 @@ def _line(line: dict[str, Any], onto: str, keep_changes: bool) -> str:
     if line["state"] == "dry run":
         to_copy = show_size(line["copied"])
         return f"'{name}': {delta}; {to_copy} to copy, {conflicts} in conflict{with_snapshots}"
-    return f"'{name}' is on '{onto}' now: {delta}; {show_size(line['copied'])} copied, {conflicts} its own"
+    copied, dropped = show_size(line["copied"]), show_size(line["dropped"])
+    return f"'{name}' is on '{onto}' now: {delta}; {copied} copied, {conflicts} in conflict, {dropped} dropped"

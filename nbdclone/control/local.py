@@ -26,7 +26,8 @@ class LocalOpened:
     def change(self, step: Callable[[], T]) -> T:
         return step()
 
-    change_here = change
+    def change_here(self, step: Callable[[], T]) -> T:
+        return step()
 
     def flush(self) -> None:
         self._clone.flush()

@@ -75,9 +75,7 @@ class Opened(Protocol):
         """
 
     def change_here(self, step: Callable[[], T]) -> T:
-        """The same for what no read on the event loop may run beside (``Clone.relayer``): where there is a loop, the
-        step is made on it, and must be quick.
-        """
+        """The same, where no read is half done either: in a worker, on its event loop. To be over at once."""
 
     def flush(self) -> None:
         """Make durable what was changed before. Raises OSError, CloneFailed."""
@@ -151,6 +149,8 @@ VERBS: dict[str, Verb] = {
     verb.name: verb
     for verb in [
         Verb("quota", "worker", "nbdclone.control.quota:change_quota"),
+        Verb("flatten", "worker", "nbdclone.store.flattening:flatten"),
+        Verb("compact", "worker", "nbdclone.store.compacting:compact"),
         Verb("disconnect", "worker", "nbdclone.control.clients:disconnect"),
         Verb("rebase", "process", "nbdclone.store.rebasing:rebase"),
         Verb("move_clone", "worker", "nbdclone.store.moving:move_clone"),

@@ -7,7 +7,7 @@ reads as it did, and who is cut off begins again and finds the work that was don
 
     web1   = what it changed                over old           copy up where old and new differ
     web1   = what it changed + difference   over old           header: parent = new
-    web1   = what it changed + difference   over new           what equals the new may be dropped
+    web1   = what it changed + difference   over new           what it changed as the new did: dropped
 
 The same is done to a layer that others read, in place: who has painted its map reads beneath what is in the layer now,
 and that is the same.
@@ -18,9 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import threading
 import time
-import weakref
 import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from nbdclone.errors import InUse, StorageError, UsageError
 from nbdclone.store.clone import COPY_SIZE, Clone
 from nbdclone.store.delta import Delta
-from nbdclone.store.delta_file import NO_PARENT, Header, change_header, read_header
+from nbdclone.store.delta_file import NO_PARENT, Header, change_header
 from nbdclone.store.difference import NO_BLOCKS, blocks_in, both, owned_by, runs_of, without
 from nbdclone.store.layer import BITMAP_SIZE, BLOCK_SIZE, BLOCKS_PER_SEGMENT, Layer
 from nbdclone.store.opening import open_beneath
@@ -127,6 +125,7 @@ class Plan:
 
     to_copy: int = 0
     conflicts: int = 0
+    dropped: int = 0  # of these, those in which the delta and the new one are alike
 
 
 def plan_move(move: Move, delta: Layer, header: Header) -> Plan:
@@ -175,23 +174,6 @@ def take_over(clone: Clone, runs: Sequence[tuple[int, int]]) -> int:
     return sum(clone.copy_up(offset, length, holes=True) for offset, length in runs)
 
 
-# One at a time
-
-_reshaped: weakref.WeakKeyDictionary[Clone, threading.Lock] = weakref.WeakKeyDictionary()
-
-
-@contextlib.contextmanager
-def reshaping(clone: Clone) -> Iterator[None]:
-    """Be the only verb that changes which blocks the clone's delta owns, or what it stands on. Raises InUse."""
-    lock = _reshaped.setdefault(clone, threading.Lock())
-    if not lock.acquire(blocking=False):
-        raise InUse(f"another verb is changing what '{clone.name}' stands on: ask again when it has ended")
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 # A clone
 
 
@@ -205,34 +187,58 @@ def move_clone(target: Target, name: str, move: str, dry_run: bool = False) -> S
     wanted = Move.load(places.tmp / move)
     with target.opened(name) as opened:
         clone = opened.clone
-        with reshaping(clone):
-            delta = clone.delta
-            if delta.header.parent_id == wanted.target:
-                return _report(name, "already", clone, Plan())
-            _require_over(wanted, name, delta.header)
-            plan = plan_move(wanted, delta, delta.header)
-            yield 0, max(plan.to_copy, 1)
-            if dry_run:
-                return _report(name, "dry run", clone, plan)
-            before = _allocated(clone)
-            _require_room(name, delta.header, before, plan)
-            with places.no_space_left(f"rebase of '{name}'"):
-                taken = 0
-                for runs in copies(wanted, clone):
-                    taken += opened.change(lambda runs=runs: take_over(clone, runs))  # type: ignore[misc]
-                    yield taken, max(plan.to_copy, taken)
-                # Before the header: a power cut must not leave the new parent beneath a delta without what the old had.
-                opened.flush()
-            header = wanted.renewed(delta.header)
-            layers = open_beneath(places, f"clone '{name}'", header)
-            try:
-                opened.change(lambda: _commit(places, clone, delta, wanted))
-            except BaseException:
-                _close(layers)
-                raise
-            exchange_beneath(opened, places, layers)
-            plan.to_copy = taken
-            return _report(name, "done", clone, plan, before)
+        delta, seen = clone.delta, clone.restacked
+        if delta.header.parent_id == wanted.target:
+            return _report(name, "already", clone, Plan())
+        _require_over(wanted, name, delta.header)
+        plan = plan_move(wanted, delta, delta.header)
+        yield 0, max(plan.to_copy, 1)
+        if dry_run:
+            return _report(name, "dry run", clone, plan)
+        conflicts = list(_conflicts(wanted, delta))
+        before = _allocated(clone)
+        _require_room(name, delta.header, before, plan)
+        with places.no_space_left(f"rebase of '{name}'"):
+            taken = 0
+            for runs in copies(wanted, clone):
+                taken += opened.change(lambda runs=runs: take_over(clone, runs))  # type: ignore[misc]
+                yield taken, max(plan.to_copy, taken)
+            # Before the header: a power cut must not leave the new parent beneath a delta without what the old had.
+            opened.flush()
+        header = wanted.renewed(delta.header)
+        layers = open_beneath(places, f"clone '{name}'", header)
+        try:
+            with places.changing():  # as all who change what a clone stands on
+                opened.change(lambda: _commit(places, clone, seen, wanted))
+        except BaseException:
+            _close(layers)
+            raise
+        exchange_beneath(opened, places, layers)
+        for segment, runs in conflicts:
+            plan.dropped += _drop(opened, segment, runs)
+            yield taken, max(plan.to_copy, taken)
+        plan.to_copy = taken
+        return _report(name, "done", clone, plan, before)
+
+
+def _conflicts(move: Move, delta: Layer) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """The runs that the delta owns and in which the two differ, by segment: there it may have what the new one has."""
+    for segment in sorted(move.bitmaps):
+        if runs := list(runs_of(both(blocks_in(move.bitmaps[segment]), owned_by([delta], segment)), segment)):
+            yield segment, runs
+
+
+def _drop(opened: Opened, segment: int, runs: list[tuple[int, int]]) -> int:
+    """Give back what of these runs is beneath as well by now. How many bytes."""
+    clone, dropped = opened.clone, 0
+    opened.flush()  # most of it before anybody has to wait
+    for first in range(0, len(runs), RUNS_AT_ONCE):
+        dropped += opened.change(lambda first=first: clone.drop(runs[first : first + RUNS_AT_ONCE]))  # type: ignore[misc]
+    if dropped:
+        opened.change_here(lambda: None)  # what the event loop read before this is over
+        while not opened.change(lambda: clone.punch_dropped(segment)):
+            time.sleep(RETRY_S)
+    return dropped
 
 
 def _require_over(move: Move, name: str, header: Header) -> None:
@@ -248,25 +254,29 @@ def _require_room(name: str, header: Header, allocated: int, plan: Plan) -> None
         )
 
 
-def _commit(places: Places, clone: Clone, delta: Delta, move: Move) -> None:
-    """The header. To be called while nobody changes the clone."""
-    with places.changing():  # as all who change what a clone stands on
-        if clone.delta is not delta:
-            raise InUse(f"a snapshot of '{clone.name}' was made meanwhile: ask again")
-        path = places.delta(clone.name)
-        if not places.fs.still_there(path, places.fs.fstat(delta.fd)):
-            raise InUse(f"'{clone.name}' was removed or renamed meanwhile: ask again")
-        on_disk = read_header(delta.fd, str(path), places.fs)
-        _require_over(move, clone.name, on_disk)
-        # A power cut in here: the old header or the new one, and the delta fits both.
-        delta.header = write_header(path, places, on_disk, move.renewed(on_disk))
+def _commit(places: Places, clone: Clone, seen: int, move: Move) -> None:
+    """The header. To be called while nobody changes the clone. Raises InUse, and nothing was changed."""
+    if clone.restacked != seen:  # by a snapshot, or blocks were dropped that had been taken over
+        raise InUse(f"another verb changed what '{clone.name}' stands on meanwhile: ask again")
+    delta = clone.delta
+    path = places.delta(clone.name)
+    if not places.fs.still_there(path, places.fs.fstat(delta.fd)):
+        raise InUse(f"'{clone.name}' was removed or renamed meanwhile: ask again")
+    _require_over(move, clone.name, delta.header)
+    # A power cut in here: the old header or the new one, and the delta fits both.
+    delta.change_header(**changes_of(delta.header, move.renewed(delta.header)))
 
 
-def write_header(path: Path, places: Places, old: Header, new: Header) -> Header:
-    """Make of the header of that file what it stands on in ``new``, durably. To be called when changing."""
+def changes_of(old: Header, new: Header) -> dict[str, Any]:
+    """What of a header says what is beneath, as far as it is another."""
     names = ("parent_id", "parent_name", "fingerprint", "origin", "overlap")
-    changes = {name: getattr(new, name) for name in names if getattr(new, name) != getattr(old, name)}
-    return change_header(path, places.fs, **changes) if changes else old
+    return {name: getattr(new, name) for name in names if getattr(new, name) != getattr(old, name)}
+
+
+def write_header(path: Path, places: Places, old: Header, new: Header) -> None:
+    """Make of the header of that file what it stands on in ``new``, durably. To be called when changing."""
+    if changes := changes_of(old, new):
+        change_header(path, places.fs, **changes)
 
 
 def exchange_beneath(opened: Opened, places: Places, layers: Sequence[Layer] | None = None) -> None:
@@ -317,6 +327,7 @@ def _report(name: str, state: str, clone: Clone, plan: Plan, before: int | None 
         "after": now + (plan.to_copy if state == "dry run" else 0),
         "copied": plan.to_copy,
         "conflicts": plan.conflicts,
+        "dropped": plan.dropped,
     }
 
 
@@ -326,27 +337,35 @@ def renew_clone(target: Target, name: str, source: str | None, successor: str, f
     """
     places = target.pool.places
     yield 0, 1
+    old = None if source is None else bytes.fromhex(source)
     with target.opened(name) as opened:
-        delta = opened.clone.delta
+
+        def renew() -> None:
+            delta = opened.clone.delta
+            after = _renewed_above(places, delta.header, old, bytes.fromhex(successor), bytes.fromhex(fingerprint))
+            if changes := changes_of(delta.header, after):
+                delta.change_header(**changes)
+
         with places.changing():
-            if opened.clone.delta is delta:
-                old = None if source is None else bytes.fromhex(source)
-                delta.header = renew_above(
-                    places, places.delta(name), old, bytes.fromhex(successor), bytes.fromhex(fingerprint)
-                )
+            opened.change(renew)
         exchange_beneath(opened, places)
     return {"name": name}
 
 
-def renew_above(places: Places, path: Path, source: bytes | None, successor: bytes, fingerprint: bytes) -> Header:
+def renew_above(places: Places, path: Path, source: bytes | None, successor: bytes, fingerprint: bytes) -> None:
     """Let the header of a delta say that the base at the bottom is another. To be called when changing.
 
     ``source``: the id of the one before; None if that is not known: any that is no layer's.
     """
     header = places.header(path)
+    write_header(path, places, header, _renewed_above(places, header, source, successor, fingerprint))
+
+
+def _renewed_above(
+    places: Places, header: Header, source: bytes | None, successor: bytes, fingerprint: bytes
+) -> Header:
     was = header.origin == source if source else header.origin != NO_PARENT and not places.layer(header.origin).exists()
-    origin = successor if was else header.origin
-    return write_header(path, places, header, replace(header, origin=origin, fingerprint=fingerprint))
+    return replace(header, origin=successor if was else header.origin, fingerprint=fingerprint)
 
 
 # A layer

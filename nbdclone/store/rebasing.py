@@ -58,8 +58,9 @@ def rebase(target: Target, names: list[str], onto: str, keep_changes: bool = Fal
     What they read stays the same; or, with ``keep_changes``, the blocks that they changed, which nobody may have open
     then. Clones that stand on it already are passed over. ``dry_run``: say what it would take, and change nothing.
 
-    Returns for each clone its ``state`` and, in bytes, ``before`` and ``after`` (its delta on the disk), ``copied`` and
-    ``conflicts`` (what both the clone and the new base have otherwise than the old one). Raises NotFound, UsageError,
+    Returns for each clone its ``state`` and, in bytes, ``before`` and ``after`` (its delta on the disk), ``copied``,
+    ``conflicts`` (what both the clone and the new base have otherwise than the old one) and, of these, ``dropped`` (they
+    have the same). Raises NotFound, UsageError,
     InUse, BaseChanged.
     """
     places = target.pool.places
@@ -261,6 +262,7 @@ def _line(
         "after": after,
         "copied": copied,
         "conflicts": conflicts,
+        "dropped": 0,
     }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BASE_SIZE
+
 
 from nbdclone.control.local import LocalOpened, LocalTarget
 from nbdclone.control.verbs import drive, find_verb
@@ -21,9 +21,12 @@ from nbdclone.store.catalog import CloneInfo
 from nbdclone.store.clone import Clone
 from nbdclone.store.image import CHUNK_SIZE, Image
 from nbdclone.store.layer import BLOCK_SIZE, SEGMENT_SIZE
-from nbdclone.store.moving import Move, growing, reshaping
+from nbdclone.store.moving import Move, growing
 from nbdclone.store.pool import Pool
 from nbdclone.store.snapshots import take_snapshot
+
+
+BASE_SIZE = 1 << 20  # of the base that the fixtures make
 
 
 def read(pool: Pool, name: str) -> bytes:
@@ -142,6 +145,17 @@ def test_clones_of_several_bases_go_together(bases: Pool, content: bytes) -> Non
     reports = rebase(bases, "web3", "web1")
     assert reports["web3"]["copied"] == DIFFERENT + BLOCK_SIZE
     assert {name: read(bases, name) for name in before} == before
+
+
+def test_what_a_clone_changed_as_the_new_base_did_is_given_back(bases: Pool, content: bytes) -> None:
+    update = update_of(content)
+    write(bases, "web2", update[2 * BLOCK_SIZE : 9 * BLOCK_SIZE], 2 * BLOCK_SIZE)
+    before = read(bases, "web2")
+    report = rebase(bases, "web2")["web2"]
+    assert (report["conflicts"], report["dropped"]) == (4 * BLOCK_SIZE, 3 * BLOCK_SIZE)
+    # The fourth is a hole in the delta, and stays one.
+    assert report["after"] == report["before"] + report["copied"] - report["dropped"]
+    assert read(bases, "web2") == before
 
 
 def test_those_that_are_there_already_are_passed_over(bases: Pool) -> None:
@@ -301,7 +315,7 @@ def test_a_snapshot_that_comes_in_the_midst_lets_it_end_with_nothing_changed(bas
             take_snapshot(bases.places, self.clone, "golden")
 
     with bases.open_clone("web1") as disk:
-        with pytest.raises(InUse, match="a snapshot of 'web1' was made meanwhile: ask again"):
+        with pytest.raises(InUse, match="another verb changed what 'web1' stands on meanwhile: ask again"):
             drive(find_verb("rebase").begin(Shared(bases, disk, Opened(disk)), {"names": ["web1"], "onto": "new"}))
         assert disk.pread(BASE_SIZE, 0) == before
     assert read(bases, "web1") == read(bases, "web1@golden") == before
@@ -309,11 +323,34 @@ def test_a_snapshot_that_comes_in_the_midst_lets_it_end_with_nothing_changed(bas
     assert read(bases, "web1") == before
 
 
-def test_two_verbs_do_not_change_one_clones_layers_at_once(bases: Pool) -> None:
+def test_blocks_that_were_taken_over_and_dropped_again_in_the_midst_end_it_with_nothing_changed(bases: Pool) -> None:
+    before = read(bases, "web1")
+
+    class Opened(LocalOpened):
+        def flush(self) -> None:
+            super().flush()
+            assert self.clone.drop([(0, BASE_SIZE)]) == DIFFERENT - BLOCK_SIZE
+
     with bases.open_clone("web1") as disk:
-        with reshaping(disk), pytest.raises(InUse, match="another verb is changing what 'web1' stands on"):
-            drive(find_verb("rebase").begin(Shared(bases, disk), {"names": ["web1"], "onto": "new"}))
-        drive(find_verb("rebase").begin(Shared(bases, disk), {"names": ["web1"], "onto": "new"}))
+        with pytest.raises(InUse, match="another verb changed what 'web1' stands on meanwhile"):
+            drive(find_verb("rebase").begin(Shared(bases, disk, Opened(disk)), {"names": ["web1"], "onto": "new"}))
+        assert disk.pread(BASE_SIZE, 0) == before
+    rebase(bases, "web1")
+    assert read(bases, "web1") == before
+
+
+def test_nothing_is_dropped_between_the_new_header_and_the_new_chain(bases: Pool) -> None:
+    before = read(bases, "web1")
+
+    class Opened(LocalOpened):
+        def change_here(self, step: Any) -> Any:
+            assert self.clone.drop([(0, BASE_SIZE)]) == 0  # over the old base they are alike, over the new one not
+            return super().change_here(step)
+
+    with bases.open_clone("web1") as disk:
+        drive(find_verb("rebase").begin(Shared(bases, disk, Opened(disk)), {"names": ["web1"], "onto": "new"}))
+        assert disk.pread(BASE_SIZE, 0) == before
+    assert read(bases, "web1") == before
 
 
 # While it is in use, and interrupted
