@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nbdclone import __version__
-from nbdclone.commands import bases, blocks, images, life, listing, stream  # noqa: F401 - their verbs are registered
+from nbdclone.commands import bases, blocks, chains, images, life, listing, stream  # noqa: F401 - they have verbs
 from nbdclone.commands.common import Json, State, app, parse_size, raise_file_limit, show_size, show_time
 from nbdclone.commands.common import open_pool as _pool
 from nbdclone.commands.common import print_json as _print_json

@@ -29,7 +29,7 @@ from types import TracebackType
 
 from nbdclone.errors import NBDCloneError, UsageError
 from nbdclone.store.delta import Delta, set_bits
-from nbdclone.store.delta_file import EMPTY_BITMAP
+from nbdclone.store.delta_file import EMPTY_BITMAP, NO_PARENT
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem, data_and_holes
 from nbdclone.store.layer import (
     BITMAP_SIZE,
@@ -73,6 +73,11 @@ class _Chain:
         self.owners: dict[int, bytes | bytearray] = {}
         self.readers = 0
         self.retired: tuple[Layer, ...] = ()  # to be closed after the last reader
+
+    @property
+    def parent_id(self) -> bytes:
+        """The id of what the delta on top stands on."""
+        return self.layers[-2].id if len(self.layers) > 1 else NO_PARENT
 
     def push(self, layer: Layer, sealed: Layer) -> None:
         """Put a layer on top, beneath which is ``sealed``: the same file as what was there, under the same number."""
@@ -614,6 +619,8 @@ class Clone:
         """
         with self._changing:
             delta = self._writable()
+            if self._chain.parent_id != delta.header.parent_id:
+                return 0  # it is being moved to another parent: what is alike here need not be alike there
             delta.begin_changes(nowait=False)
             beneath: dict[int, bytes] = {}
             owners: dict[int, bytearray] = {}
