@@ -59,9 +59,8 @@ def rebase(target: Target, names: list[str], onto: str, keep_changes: bool = Fal
     then. Clones that stand on it already are passed over. ``dry_run``: say what it would take, and change nothing.
 
     Returns for each clone its ``state`` and, in bytes, ``before`` and ``after`` (its delta on the disk), ``copied``,
-    ``conflicts`` (what both the clone and the new base have otherwise than the old one) and, of these, ``dropped`` (they
-    have the same). Raises NotFound, UsageError,
-    InUse, BaseChanged.
+    ``conflicts`` (what both the clone and the new base have otherwise than the old one) and, of these, ``dropped``
+    (they have the same). Raises NotFound, UsageError, InUse, BaseChanged.
     """
     places = target.pool.places
     with contextlib.ExitStack() as held:

@@ -61,11 +61,6 @@ class ShadowFileSystem(FileSystem):
         self._files[fd][1].write(offset, bytes(data)[:written])
         return written
 
-    def punch(self, fd: int, offset: int, length: int) -> None:
-        self.on_step()
-        super().punch(fd, offset, length)
-        self._files[fd][1].clear(offset, length)
-
     def ftruncate(self, fd: int, size: int) -> None:  # type: ignore[override]
         self.on_step()
         os.ftruncate(fd, size)
