@@ -292,7 +292,7 @@ class Session:
         if self._cold:
             self._read_cold()
         self._output.push()
-        if self._waiting:  # maybe for time alone
+        if self._waiting and self._fits(self._waiting[0][0]):  # for time alone
             self._go_on_soon()
         if self._full():
             self._input.stop()
