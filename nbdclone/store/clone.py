@@ -29,7 +29,7 @@ from types import TracebackType
 
 from nbdclone.errors import NBDCloneError, UsageError
 from nbdclone.store.delta import Delta, set_bits
-from nbdclone.store.delta_file import EMPTY_BITMAP
+from nbdclone.store.delta_file import EMPTY_BITMAP, NO_PARENT
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem, data_and_holes
 from nbdclone.store.layer import (
     BITMAP_SIZE,
@@ -73,6 +73,11 @@ class _Chain:
         self.owners: dict[int, bytes | bytearray] = {}
         self.readers = 0
         self.retired: tuple[Layer, ...] = ()  # to be closed after the last reader
+
+    @property
+    def parent_id(self) -> bytes:
+        """The id of what the delta on top stands on."""
+        return self.layers[-2].id if len(self.layers) > 1 else NO_PARENT
 
     def push(self, layer: Layer, sealed: Layer) -> None:
         """Put a layer on top, beneath which is ``sealed``: the same file as what was there, under the same number."""
@@ -453,6 +458,45 @@ class Clone:
             self._top += 1
             self.restacked += 1
 
+    def resize(self, size: int) -> None:
+        """Make the disk larger or smaller, durably. What is new reads as zeros, also what a smaller disk had there.
+
+        Nobody may read behind the new end any more: a disk that somebody uses is made larger, and not smaller. In the
+        turn of the changes. Raises OSError (the disk is as it was, or has its new size), FileTooLarge, CloneFailed.
+        """
+        with self._changing:
+            delta = self._writable()
+            delta.begin_changes(nowait=False)
+            end = min(size, self.size)
+            overlap = delta.header.overlap
+            seen = max((layer.size for layer in self.layers[:-1]), default=0)
+            if end < (seen if overlap is None else min(overlap, seen)):
+                # What is beneath is not to be seen from there on; the last block, if it is a part, is the delta's then.
+                overlap = end & ~BLOCK_MASK
+                if end > overlap:
+                    self._copy_block(overlap)
+            segment, within = divmod(end, SEGMENT_SIZE)
+            owners = bytes(self._owners_of(self._chain, segment, nowait=False)[: block_count(within)])
+            # Before the header changes, or a power cut would take the block that the overlap has not any more. And a
+            # delta that gets smaller has all that it has in its map.
+            delta.settle_all()
+            delta.resize(size, overlap)
+            # Not taken out of the map: a reader that was about to put it there would put it as it was.
+            self._owners[segment] = owners + uniform(NOWHERE)[len(owners) :]
+            for behind in [behind for behind in self._owners if behind > segment]:
+                del self._owners[behind]
+            self.size = size
+
+    def _copy_block(self, offset: int) -> None:
+        """Make the delta own one block with the content that it has."""
+        segment, within = divmod(offset, SEGMENT_SIZE)
+        owner = self._owners_of(self._chain, segment, nowait=False)[within >> BLOCK_SHIFT]
+        if owner not in (self._top, NOWHERE):
+            block = bytearray(BLOCK_SIZE)
+            self._read_block(block, offset, nowait=False)
+            self._write_blocks(memoryview(block), offset, nowait=False)
+            self._writable().note_marks()
+
     def relayer(self, layers: Sequence[Layer]) -> None:
         """Exchange the layers beneath the delta for others with which the disk has the same content.
 
@@ -575,6 +619,8 @@ class Clone:
         """
         with self._changing:
             delta = self._writable()
+            if self._chain.parent_id != delta.header.parent_id:
+                return 0  # it is being moved to another parent: what is alike here need not be alike there
             delta.begin_changes(nowait=False)
             beneath: dict[int, bytes] = {}
             owners: dict[int, bytearray] = {}

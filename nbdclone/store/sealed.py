@@ -70,6 +70,10 @@ class Sealed:
             fs.close(fd)
             raise
 
+    @property
+    def id(self) -> bytes:
+        return self.header.id
+
     def paint(self, segment: int, owners: bytes, index: int, nowait: bool) -> bytes:
         return paint_delta(segment, owners, self._map.read(segment, nowait).bitmap, index, self.header.overlap)
 

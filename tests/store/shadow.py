@@ -61,15 +61,20 @@ class ShadowFileSystem(FileSystem):
         self._files[fd][1].write(offset, bytes(data)[:written])
         return written
 
+    def ftruncate(self, fd: int, size: int) -> None:  # type: ignore[override]
+        self.on_step()
+        os.ftruncate(fd, size)
+        self._files[fd][1].truncate(size)
+
     def punch(self, fd: int, offset: int, length: int) -> None:
         self.on_step()
         super().punch(fd, offset, length)
         self._files[fd][1].clear(offset, length)
 
-    def ftruncate(self, fd: int, size: int) -> None:  # type: ignore[override]
+    def zero_allocated(self, fd: int, offset: int, length: int) -> None:
         self.on_step()
-        os.ftruncate(fd, size)
-        self._files[fd][1].truncate(size)
+        super().zero_allocated(fd, offset, length)
+        self._files[fd][1].clear(offset, length)
 
     def reflink(self, target_fd: int, source_fd: int) -> bool:
         return False
