@@ -152,6 +152,7 @@ VERBS: dict[str, Verb] = {
         Verb("flatten", "worker", "nbdclone.store.flattening:flatten"),
         Verb("compact", "worker", "nbdclone.store.compacting:compact"),
         Verb("disconnect", "worker", "nbdclone.control.clients:disconnect"),
+        Verb("hoist", "process", "nbdclone.store.hoisting:hoist"),
         Verb("rebase", "process", "nbdclone.store.rebasing:rebase"),
         Verb("move_clone", "worker", "nbdclone.store.moving:move_clone"),
         Verb("renew_clone", "worker", "nbdclone.store.moving:renew_clone"),

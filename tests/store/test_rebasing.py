@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-
 from nbdclone.control.local import LocalOpened, LocalTarget
 from nbdclone.control.verbs import drive, find_verb
 from nbdclone.errors import InUse, NBDCloneError, NotFound, StorageError, UsageError
@@ -24,7 +23,6 @@ from nbdclone.store.layer import BLOCK_SIZE, SEGMENT_SIZE
 from nbdclone.store.moving import Move, growing
 from nbdclone.store.pool import Pool
 from nbdclone.store.snapshots import take_snapshot
-
 
 BASE_SIZE = 1 << 20  # of the base that the fixtures make
 
