@@ -171,6 +171,7 @@ VERBS: dict[str, Verb] = {
         Verb("resize", "worker", "nbdclone.control.space:resize_clone"),
         Verb("rm", "process", "nbdclone.control.space:remove_all"),
         Verb("du", "process", "nbdclone.control.space:measure"),
+        Verb("hoist", "process", "nbdclone.store.hoisting:hoist"),
         Verb("rebase", "process", "nbdclone.store.rebasing:rebase"),
         Verb("move_clone", "worker", "nbdclone.store.moving:move_clone"),
         Verb("renew_clone", "worker", "nbdclone.store.moving:renew_clone"),
