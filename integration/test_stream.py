@@ -35,7 +35,7 @@ def write_as_clients(uri: str, seed: int) -> None:
     fio = [
         program("fio"), "--name=write", "--ioengine=nbd", f"--uri={uri}", "--rw=randwrite", "--bsrange=512-64k",
         "--blockalign=512", "--size=8m", f"--offset={122 + seed}m", "--io_size=4m", f"--randseed={seed}",
-        "--verify=crc32c", "--iodepth=8", "--minimal",
+        "--verify=crc32c", "--verify_state_save=0", "--iodepth=8", "--minimal",
     ]  # fmt: skip
     subprocess.run(fio, check=True, capture_output=True, timeout=DEADLINE_S)
     commands = [

@@ -29,6 +29,7 @@ from nbdclone.server.channel import Message
 from nbdclone.server.ephemeral import Ephemerals
 from nbdclone.server.host import Options, tls_mode
 from nbdclone.server.jobs import Job, Jobs
+from nbdclone.server.merger import Merger
 from nbdclone.server.owners import Owners
 from nbdclone.server.peer import Peer
 from nbdclone.server.process import Process, describe_status
@@ -113,6 +114,7 @@ class Supervisor:
         self._pausing: asyncio.TimerHandle | None = None
         self._moved = asyncio.Event()  # set, and replaced, whenever what was parked is tried again
         self._jobs = Jobs(pool, self, lambda: next(self._numbers), self._begin_task)
+        self._merging: asyncio.Task[None] | None = None
         self._stopping = False
 
     # The whole
@@ -139,6 +141,7 @@ class Supervisor:
                 raise
             self._control.start()
             await self._ephemerals.start()
+            self._merging = self._tasks.create_task(Merger(self.pool, self._jobs).run())
             self._held = held.pop_all()
         self._retiring = self._loop.call_later(IDLE_S, self._retire, set())
         return self
@@ -162,6 +165,8 @@ class Supervisor:
             self._pausing.cancel()
         self._jobs.stop()
         self._ephemerals.stop()
+        if self._merging is not None:
+            self._merging.cancel()
         self._moved.set()
         for process in self._processes.values():
             self._end(process)

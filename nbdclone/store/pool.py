@@ -165,6 +165,8 @@ class Pool:
                 self._fs.for_each(make, names)
                 with self.places.changing():
                     self.places.require_free(names)
+                    if split_name(source)[1] is not None:
+                        self.places.snapshot(source)  # without a name, its layer may be about to go
                     if not self._fs.still_there(path, self._fs.fstat(parent.fd)):
                         raise NotFound(
                             f"'{source}' was removed just now"

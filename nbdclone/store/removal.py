@@ -96,6 +96,9 @@ class _Removal:
             if directory.is_dir():  # it may have gone with its clone
                 self._fs.unlink(directory / str(snapshot))
                 self._fs.sync_directory(directory)
+        if self._snapshots:  # a server looks at it, and sees that there may be a layer to be merged
+            with contextlib.suppress(OSError):
+                os.utime(self._places.layers)
 
     def _rename_all(self, pairs: Sequence[tuple[Path, Path]]) -> None:
         """Rename (from, to), all or, if one fails, none. Bases go last, when their clones durably went."""

@@ -196,7 +196,10 @@ def go_back(places: Places, name: str, snapshot: str | None) -> None:
         delta = Delta.open(own / "delta", f"clone '{name}'", fs)
         try:
             target, shown, size = _target(places, name, delta.header, snapshot)
-            Delta.create(staging / "delta", successor(delta.header, target, shown, size=size), fs)
+            header = successor(delta.header, target, shown, size=size)
+            if places.layer(target).exists():  # a clone that was cut free of its base, or moved, is over it again
+                header = replace(header, fingerprint=places.header(places.layer(target)).fingerprint)
+            Delta.create(staging / "delta", header, fs)
             with places.changing():
                 _target(places, name, delta.header, snapshot)  # it may have been removed meanwhile
                 clear_cut_off(places, name, delta.header.id)

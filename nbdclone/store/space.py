@@ -20,7 +20,7 @@ from nbdclone.store.delta_map import DeltaMap
 from nbdclone.store.fs import FileSystem, data_and_holes, seek_extent
 from nbdclone.store.layer import BLOCK_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE, block_count
 from nbdclone.store.names import split_name
-from nbdclone.store.places import Places
+from nbdclone.store.places import SNAPSHOTS, Places
 
 # Of each segment where there are any: a bit for each block, the first the most significant, as in a map.
 Bits = dict[int, int]
@@ -103,7 +103,11 @@ def freed_by(places: Places, names: Sequence[str], needs: Mapping[bytes, Collect
     What shares its extents with other files (XFS, btrfs) counts as none.
     """
     layers = [places.layer(layer_id).parent for layer_id in only_needed_by(needs, names)]
-    own = [places.place(name) for name in names if split_name(name)[1] is None]
+    own = [
+        places.place(clone) if snapshot is None else places.clones / clone / SNAPSHOTS / snapshot
+        for clone, snapshot in map(split_name, names)
+        if snapshot is None or clone not in names
+    ]
     return sum(freed_in(places.fs, directory) for directory in (*own, *layers))
 
 

@@ -16,6 +16,8 @@ import pytest
 from powercut import stamp
 from shadow import ShadowFileSystem
 
+from nbdclone.control.local import LocalTarget
+from nbdclone.control.verbs import drive, find_verb
 from nbdclone.errors import NBDCloneError
 from nbdclone.store.fs import FileSystem
 from nbdclone.store.image import BaseRecord, fingerprint_of, read_manifest
@@ -77,6 +79,31 @@ def remove_snapshot(pool: Pool) -> None:
     pool.remove(["web1@first"])
 
 
+def run(pool: Pool, verb: str, **arguments: object) -> None:
+    drive(find_verb(verb).begin(LocalTarget(pool), arguments))
+
+
+def flatten(pool: Pool) -> None:
+    run(pool, "flatten", name="web1")
+
+
+def compact(pool: Pool) -> None:
+    with pool.open_clone("web1") as clone:
+        clone.pwrite(clone.pread(8192, 0), 0)
+    run(pool, "compact", name="web1")
+
+
+def merge_into_a_clone(pool: Pool) -> None:
+    pool.remove(["web1@first"])
+    run(pool, "merge")
+
+
+def merge_into_a_layer(pool: Pool) -> None:
+    pool.snapshot("web1@second")
+    pool.remove(["web1@first"])
+    run(pool, "merge")
+
+
 def remove_all(pool: Pool) -> None:
     pool.remove(["base", "web1", "web2"])
 
@@ -91,6 +118,10 @@ OPERATIONS = {
     "snapshot": Operation(snapshot, ALL, ALL | {"web1@second"}),
     "first snapshot": Operation(first_snapshot, ALL, ALL | {"web2@first"}),
     "clone of a snapshot": Operation(clone_snapshot, ALL, ALL | {"new"}, {"new": WRITTEN}),
+    "flatten": Operation(flatten, ALL, ALL),
+    "compact": Operation(compact, ALL, ALL),
+    "merge into a clone": Operation(merge_into_a_clone, ALL, ALL - {"web1@first"}),
+    "merge into a layer": Operation(merge_into_a_layer, ALL, ALL - {"web1@first"} | {"web1@second"}),
     "remove a snapshot": Operation(remove_snapshot, ALL, ALL - {"web1@first"}),
 }
 

@@ -98,13 +98,13 @@ def more_is_there_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """``web3`` has its old content until all is done, and then the new one; each of its snapshots has its own."""
     whole = test_atomic.require_whole
 
-    def require_whole(root: Path, operation: Operation, *, done: bool = False) -> None:
+    def require_whole(root: Path, operation: Operation, *, done: bool = False, go_on: bool = True) -> None:
         if operation.run is receive_more:
             with Pool.open(root / "pool").open_clone("web3") as clone:
                 found = clone.pread(clone.size, 0)
             assert found == MORE or (not done and found == WRITTEN)
             operation = operation._replace(contents={**(operation.contents or {}), "web3": found})
-        whole(root, operation, done=done)
+        whole(root, operation, done=done, go_on=go_on)
 
     monkeypatch.setattr(test_atomic, "require_whole", require_whole)
     for operation in OPERATIONS.values():

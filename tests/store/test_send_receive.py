@@ -62,12 +62,10 @@ def there(tmp_path: Path) -> Pool:
 
 # Both slots of both segments.
 MAP_PLACES = [segment * SEGMENT_SPAN + slot for slot in MAP_SLOTS for segment in range(2)]
-# What a check says of clones with snapshots as long as it knows none.
-NOT_YET = {"foreign", "orphan"}
 
 
 def require_sound(pool: Pool) -> None:
-    assert [str(finding) for finding in check_pool(pool.path, deep=True) if finding.kind not in NOT_YET] == []
+    assert [str(finding) for finding in check_pool(pool.path, deep=True)] == []
     for layer_id in pool.places.layer_ids():
         layer = Sealed.open(pool.places.layer(layer_id), "a layer")
         with contextlib.closing(layer):
