@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nbdclone.server.tls import ServerTLS
     from nbdclone.store.catalog import BaseInfo, CloneInfo
     from nbdclone.store.clone import Clone
-from nbdclone.store.pool import Pool
+    from nbdclone.store.pool import Pool
 
 __version__ = "0.1.0"
 
@@ -41,10 +41,10 @@ __all__ = [
 
 # Loaded at first use: who wants the client does not wait for the store, and the command line waits for neither.
 _HOMES = {
-    "BaseInfo": "nbdclone.store.pool",
+    "BaseInfo": "nbdclone.store.catalog",
     "Client": "nbdclone.client",
     "Clone": "nbdclone.store.clone",
-    "CloneInfo": "nbdclone.store.pool",
+    "CloneInfo": "nbdclone.store.catalog",
     "Limit": "nbdclone.server.limits",
     "Options": "nbdclone.server.host",
     "Pool": "nbdclone.store.pool",

@@ -7,38 +7,28 @@ be understood exits 2. What takes time to import is imported where it is used, s
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
-import resource
-import shutil
 import signal
 import sys
-from collections.abc import Collection, Sequence
-from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nbdclone import __version__
-from nbdclone.commands import blocks, chains, images  # noqa: F401 - they register their verbs
-from nbdclone.commands.common import Json, State, app, parse_size, show_size
+from nbdclone.commands import bases, blocks, chains, images, life, listing, stream  # noqa: F401 - they have verbs
+from nbdclone.commands.common import Json, State, app, parse_size, raise_file_limit, show_size, show_time
 from nbdclone.commands.common import open_pool as _pool
 from nbdclone.commands.common import print_json as _print_json
 from nbdclone.commands.common import progress_bar as _progress
-from nbdclone.errors import InUse, NBDCloneError, UsageError
+from nbdclone.errors import NBDCloneError, UsageError
 from nbdclone.protocol.handshake import TLSMode
 
 if TYPE_CHECKING:
     from nbdclone.server.tls import ServerTLS
-    from nbdclone.store.catalog import Info
     from nbdclone.store.pool import Pool
 
-# Two descriptors for each clone that is open, or about to be removed, and one for each connection; the usual soft limit
-# is 1,024.
-WANTED_FILES = 65536
 # A moment that is longer keeps a processor from others for more than a disk takes.
 MAX_BUSY_POLL_US = 1000
 
@@ -125,109 +115,6 @@ def quota(
 
 
 @app.command()
-def rm(names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Clones and bases.")]) -> None:
-    """Remove clones and bases. A base that clones need stays; the error names them."""
-    _raise_file_limit()
-    pool = _pool()
-    try:
-        pool.remove(names)
-    except InUse as error:
-        from nbdclone.control.client import name_the_connected
-
-        raise name_the_connected(pool.path, error, names) from None
-
-
-@app.command()
-def snapshot(
-    name: Annotated[
-        str, typer.Argument(metavar="CLONE@NAME", help="The clone, and what the snapshot is to be called.")
-    ],
-    as_json: Json = False,
-) -> None:
-    """Seal what a clone is now: clones can start from it, and the clone go back to it."""
-    made = _pool().snapshot(name)
-    if as_json:
-        _print_json(_as_dict(made))
-    else:
-        print(f"snapshot '{made.name}': {show_size(made.allocated)} on disk")
-
-
-@app.command()
-def ls(as_json: Json = False) -> None:
-    """List bases and clones."""
-    entries = _pool().entries()
-    if as_json:
-        _print_json([_as_dict(entry) for entry in entries])
-        return
-    rows = [
-        (
-            entry.name,
-            entry.kind,
-            getattr(entry, "parent", None) or "-",
-            show_size(entry.size),
-            show_size(entry.allocated),
-            _quota(entry),
-            _when(entry.created),
-            _state(entry),
-        )
-        for entry in entries
-    ]
-    titles = ("NAME", "KIND", "PARENT", "SIZE", "ON DISK", "QUOTA", "CREATED", "STATE")
-    _print_table(titles, rows, to_the_right=("SIZE", "ON DISK", "QUOTA"))
-
-
-@app.command()
-def tree(as_json: Json = False) -> None:
-    """Draw bases with their snapshots and clones."""
-    entries = _pool().entries()
-    names = {entry.name for entry in entries}
-    children: dict[str | None, list[Info]] = {}
-    for entry in entries:
-        parent = getattr(entry, "parent", None)
-        children.setdefault(parent if parent in names else None, []).append(entry)
-
-    def nested(entry: Info) -> dict[str, Any]:
-        return _as_dict(entry) | {"children": [nested(child) for child in children.get(entry.name, ())]}
-
-    def draw(entry: Info, before: str) -> None:
-        print(_line(entry))
-        for child in (below := children.get(entry.name, [])):
-            last = child is below[-1]
-            print(f"{before}{'└' if last else '├'}── ", end="")
-            draw(child, before + ("    " if last else "│   "))
-
-    roots = sorted(children.get(None, ()), key=lambda entry: entry.kind != "base")
-    if as_json:
-        _print_json([nested(root) for root in roots])
-        return
-    for root in roots:
-        draw(root, "")
-
-
-@app.command()
-def info(name: str, as_json: Json = False) -> None:
-    """Say all that is known of a base or clone."""
-    entry = _pool().info(name)
-    if as_json:
-        _print_json(_as_dict(entry))
-        return
-    shown = _as_dict(entry) | {
-        "size": f"{show_size(entry.size)} ({entry.size} bytes)",
-        "allocated": f"{show_size(entry.allocated)} ({entry.allocated} bytes)",
-        "created": _when(entry.created),
-    }
-    if shown.get("quota"):
-        shown["quota"] = f"{_quota(entry)} ({shown['quota']} bytes)"
-    for several in ("clones", "snapshots"):
-        if several in shown:
-            shown[several] = ", ".join(shown[several]) or None
-    width = max(map(len, shown)) + 2
-    for key, value in shown.items():
-        if value is not None:
-            print(f"{key.replace('_', ' ') + ':':{width}}{value}")
-
-
-@app.command()
 def trace(
     base: Annotated[str, typer.Argument(metavar="BASE", help="A base.")],
     drop: Annotated[bool, typer.Option("--drop", help="Remove it: the next clone that starts is recorded.")] = False,
@@ -250,7 +137,7 @@ def trace(
     elif found is None:
         print(f"base '{base}': no boot was recorded yet")
     else:
-        size, when = show_size(bytes_in(found.grains)), _when(found.created / 1e9)
+        size, when = show_size(bytes_in(found.grains)), show_time(found.created / 1e9)
         print(f"base '{base}': a boot reads {size} in {runs_in(found)} piece(s) (recorded {when})")
 
 
@@ -374,7 +261,7 @@ def serve(
         raise typer.BadParameter(str(error), param_hint="--listen") from None
     secured = _server_tls(tls, tls_certificates, tls_psk, tls_verify_peer)
     count, memory = divide_memory(max_memory, workers)
-    _raise_file_limit()
+    raise_file_limit()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         pool = _pool(create=True)
@@ -456,55 +343,6 @@ def demo(
     from nbdclone.demo import run
 
     run(directory)
-
-
-def _raise_file_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
-    if soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], to_the_right: Collection[str]) -> None:
-    """Columns, with a bold head and lines cut to the width on a terminal. (rich takes 0.4 ms for a row.)"""
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    form = "  ".join(
-        f"{{:{'>' if title in to_the_right else '<'}{width}}}" for title, width in zip(titles, widths, strict=True)
-    ).format
-    head, *lines = [form(*row).rstrip() for row in (titles, *rows)]
-    if sys.stdout.isatty():
-        columns = shutil.get_terminal_size().columns
-        head, *lines = [line if len(line) <= columns else line[: columns - 1] + "…" for line in (head, *lines)]
-        head = f"\x1b[1m{head}\x1b[0m"
-    print(head, *lines, sep="\n")
-
-
-def _as_dict(entry: Info) -> dict[str, Any]:
-    return {"kind": entry.kind} | asdict(entry)
-
-
-def _state(entry: Info) -> str:
-    if entry.error:
-        return entry.error
-    if holder := getattr(entry, "in_use_by", None):
-        return f"open in {holder}"
-    clones = getattr(entry, "clones", ())
-    return f"{len(clones)} clone{'' if len(clones) == 1 else 's'}" if entry.kind == "base" else ""
-
-
-def _line(entry: Info) -> str:
-    state = f"  ({entry.error})" if entry.error else ""
-    return f"{entry.name}  {show_size(entry.size)}, {show_size(entry.allocated)} on disk{state}"
-
-
-def _quota(entry: Info) -> str:
-    limit = getattr(entry, "quota", None)
-    return show_size(limit) if limit else "-"
-
-
-def _when(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M") if seconds else "-"
 
 
 def main() -> None:

@@ -143,7 +143,10 @@ def test_ls_in_a_pipe_cuts_nothing_off(nbdclone: Callable[..., Done], pool: Pool
     assert name in nbdclone("ls").out
 
 
-CLONE_KEYS = {"kind", "name", "id", "size", "allocated", "created", "parent", "quota", "in_use_by", "error"}
+CLONE_KEYS = {
+    "kind", "name", "id", "size", "allocated", "created", "parent", "quota", "in_use_by", "error", "base", "snapshots",
+    "ephemeral",
+}  # fmt: skip
 BASE_KEYS = {"kind", "name", "id", "size", "allocated", "created", "fingerprint", "source", "clones", "error"}
 
 
@@ -194,9 +197,9 @@ def test_tree_draws_clones_under_their_base(nbdclone: Callable[..., Done], pool:
 
 def test_tree_as_json_nests_clones_in_their_base(nbdclone: Callable[..., Done], pool: Pool) -> None:
     [base] = json.loads(nbdclone("tree", "--json").out)
-    assert set(base) == BASE_KEYS
-    assert [clone["name"] for clone in base["clones"]] == ["web1", "web2"]
-    assert set(base["clones"][0]) == CLONE_KEYS
+    assert set(base) == BASE_KEYS | {"children"}
+    assert [clone["name"] for clone in base["children"]] == ["web1", "web2"]
+    assert set(base["children"][0]) == CLONE_KEYS | {"children"}
 
 
 def test_rm_removes_clones_and_then_their_base(nbdclone: Callable[..., Done], pool: Pool) -> None:
@@ -291,8 +294,8 @@ def test_what_was_found_is_told_although_the_check_cannot_go_on(
 
 
 def test_check_of_a_name_that_is_not_there_is_refused(nbdclone: Callable[..., Done], pool: Pool) -> None:
-    assert_refused(nbdclone("check", "web1", "nothing"), "there is no base or clone 'nothing'")
-    assert_refused(nbdclone("check", "../web1"), "there is no base or clone '../web1'")
+    assert_refused(nbdclone("check", "web1", "nothing"), "there is no base, clone or snapshot 'nothing'")
+    assert_refused(nbdclone("check", "../web1"), "there is no base, clone or snapshot '../web1'")
 
 
 def test_a_quota_is_shown_changed_and_taken_away(nbdclone: Callable[..., Done], pool: Pool) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nbdclone.commands.common import Json, app, open_pool, print_json, progress_bar, show_size
+from nbdclone.errors import NBDCloneError
+
+if TYPE_CHECKING:
+    from nbdclone.store.pool import Pool
 
 CloneName = Annotated[str, typer.Argument(metavar="CLONE", help="A clone, served or not.")]
 
@@ -44,3 +50,27 @@ def compact(
         print_json(done)
     else:
         print(f"clone '{name}': {show_size(done['before'])} on disk before, {show_size(done['after'])} now")
+
+
+def merge_layers(pool: Pool) -> None:
+    """After a removal: merge the layers that lost their names, unless there is a server, which does it by itself."""
+    from nbdclone.store.merging import is_work
+
+    with contextlib.suppress(NBDCloneError):  # what cannot be told now is found by the next
+        if not is_work(pool.places):
+            return
+        from nbdclone.control.client import Control, run_verb
+
+        if Control.of(pool.path) is not None:
+            return
+        with progress_bar("merging its data into what is above it") as progress:
+            try:
+                left = run_verb(pool, "merge", {}, progress)["left"]
+            except KeyboardInterrupt:
+                print(
+                    "nbdclone: removed; its data is not merged yet: the next rm, or a server, goes on",
+                    file=sys.stderr,
+                )
+                return
+        for each in left:
+            print(f"nbdclone: removed; its data stays for now: {each['why']}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -59,6 +59,10 @@ class LocalTarget:
 
     def disconnect(self, name: str) -> None:
         pass
+
+    @contextmanager
+    def alone(self, names: Sequence[str], *, disconnect: bool = False) -> Iterator[None]:
+        yield
 
     def run(self, verb: str, arguments: Arguments) -> Steps:
         return find_verb(verb).begin(self, arguments)

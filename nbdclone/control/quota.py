@@ -14,4 +14,4 @@ def change_quota(target: Target, name: str, quota: int | None) -> Steps:
     with target.if_open(name) as opened:
         if opened is not None:
             opened.change(opened.clone.look_at_quota)
-    return asdict(info)
+    return {"kind": "clone"} | asdict(info)

@@ -43,7 +43,7 @@ import importlib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
@@ -106,6 +106,13 @@ class Target(Protocol):
         They may come again at once.
         """
 
+    def alone(self, names: Sequence[str], *, disconnect: bool = False) -> AbstractContextManager[None]:
+        """Until the end of the ``with`` this server has none of these open, a clone and snapshots of it: who connects
+        meanwhile, waits. What to do with their files then takes the locks that keep other processes away.
+
+        Raises InUse that names the clients; with ``disconnect`` these are sent away.
+        """
+
     def run(self, verb: str, arguments: Arguments) -> Steps:
         """Run another verb where it belongs, to be used with ``yield from``: yields its progress, returns its result.
 
@@ -151,7 +158,19 @@ VERBS: dict[str, Verb] = {
         Verb("quota", "worker", "nbdclone.control.quota:change_quota"),
         Verb("flatten", "worker", "nbdclone.store.flattening:flatten"),
         Verb("compact", "worker", "nbdclone.store.compacting:compact"),
+        Verb("merge", "process", "nbdclone.store.merging:merge_all"),
+        Verb("merge-into", "worker", "nbdclone.store.merging:merge_into"),
+        Verb("relayer", "worker", "nbdclone.store.merging:relayer"),
         Verb("disconnect", "worker", "nbdclone.control.clients:disconnect"),
+        Verb("promote", "process", "nbdclone.store.promoting:promote"),
+        Verb("keep", "process", "nbdclone.store.ephemeral:keep"),
+        Verb("snapshot", "worker", "nbdclone.control.naming:snapshot"),
+        Verb("rollback", "worker", "nbdclone.control.naming:rollback"),
+        Verb("reset", "worker", "nbdclone.control.naming:reset"),
+        Verb("rename", "worker", "nbdclone.control.naming:rename_one", clone="old"),
+        Verb("resize", "worker", "nbdclone.control.space:resize_clone"),
+        Verb("rm", "process", "nbdclone.control.space:remove_all"),
+        Verb("du", "process", "nbdclone.control.space:measure"),
         Verb("hoist", "process", "nbdclone.store.hoisting:hoist"),
         Verb("rebase", "process", "nbdclone.store.rebasing:rebase"),
         Verb("move_clone", "worker", "nbdclone.store.moving:move_clone"),

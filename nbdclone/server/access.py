@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 
 from nbdclone.errors import InvalidName
 from nbdclone.server.peer import Peer, Subject, parse_subject
-from nbdclone.store.names import validate_name
+from nbdclone.server.templates import PLUS
+from nbdclone.store.names import split_name, validate_name
 
 # What makes a pattern of a name. None of it can be in a name.
 _PATTERN = re.compile(r"[*?\[]")
 # What a pattern may have beside wildcards and sets, or nothing would match it.
-_LITERALS = re.compile(r"[A-Za-z0-9._-]*")
+_LITERALS = re.compile(r"[A-Za-z0-9._@-]*")
 _WILDCARDS = re.compile(r"\[!?\]?[^\]]*\]|[*?]")
 # The last uid is -1: no user.
 _MAX_UID = (1 << 32) - 2
@@ -71,12 +72,16 @@ class Access:
     def refusing_rule(self, export_name: str, peer: Peer) -> str | None:
         """The name of a rule that keeps the export from the client; None if it may have it.
 
-        All the rules that match must admit the client: so their order does not matter.
+        All the rules that match must admit the client: so their order does not matter. A rule for a clone is one for
+        its snapshots too, which hold what the clone held: who may not have the one, may not have the others. So is one
+        for a base for new clones of it, ``debian+``.
         """
+        names = (export_name, split_name(export_name)[0].removesuffix(PLUS))
         # All patterns are tried, always: how long this takes says nothing about the rules.
-        matching = [(name, rule) for match, name, rule in self._patterns if match(export_name)]
-        if export_name in self._rules:
-            matching.append((export_name, self._rules[export_name]))
+        matching = [
+            (name, rule) for match, name, rule in self._patterns if bool(match(names[0])) | bool(match(names[1]))
+        ]
+        matching += [(tried, self._rules[tried]) for tried in dict.fromkeys(names) if tried in self._rules]
         return next((name for name, rule in matching if not rule.admits(peer)), None)
 
 
@@ -95,8 +100,11 @@ def read_access(settings: dict[str, Any]) -> Access:
 def read_pattern(name: str, key: str) -> None:
     """Raises ValueError if no export can have a name that is this, or matches it."""
     if not _PATTERN.search(name):
+        clone, snapshot = split_name(name)
         try:
-            validate_name(name)
+            validate_name(clone)
+            if snapshot is not None:
+                validate_name(snapshot)
         except InvalidName as error:
             raise ValueError(f"{key}: {error}") from None
     elif not _LITERALS.fullmatch(_WILDCARDS.sub("", name)):

@@ -36,8 +36,11 @@ LINGER_S = 1.0
 class Opener(Protocol):
     """What a connection gets its export from."""
 
-    async def acquire(self, name: str) -> Export:
-        """The export of that name, to be given back. Raises NBDCloneError, OSError; Elsewhere."""
+    async def acquire(self, name: str, *, refused: bool = False) -> Export:
+        """The export of that name, to be given back. Raises NBDCloneError, OSError; Elsewhere.
+
+        ``refused``: the name is one that nobody asked for, and is only looked for.
+        """
 
     async def release(self, export: Export) -> None:
         """Give it back."""
@@ -113,6 +116,11 @@ class Connection:
     def task(self) -> asyncio.Task[None] | None:
         """What ends when it has ended."""
         return self._task
+
+    @property
+    def since(self) -> float:
+        """When it came, in Unix seconds."""
+        return self._peer.since
 
     def record(self) -> dict[str, Any]:
         """Who the client is, as JSON can hold it."""
@@ -230,7 +238,10 @@ class Connection:
         decoy = access.decoy(event.name)
         rule = access.refusing_rule(event.name, self._peer)
         try:
-            export = await self._exports.acquire(event.name if rule is None else decoy)
+            if rule is None:
+                export = await self._exports.acquire(event.name)
+            else:
+                export = await self._exports.acquire(decoy, refused=True)
         except (NBDCloneError, OSError) as error:
             text, reply = refusal(error, event.name, self._peer)
             self._log_refusal(event.name, describe(error) if rule is None else refused_by(rule, self._peer), reply)

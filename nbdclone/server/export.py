@@ -11,10 +11,11 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from time import perf_counter
 from typing import Any
 
+from nbdclone.errors import InUse
 from nbdclone.server.limits import UNLIMITED, Limit, Limits
 from nbdclone.server.offload import Done, Offload
 from nbdclone.server.replay import Boots
@@ -31,6 +32,9 @@ STALL_S = 0.02
 STALLED_FOR_S = 0.5
 # Writes that waited for one in a thread, and are made on the loop one after the other then.
 MAX_ATTEMPTS = 64
+
+# By name: a lock, and who holds it or waits for it.
+Turns = dict[str, tuple[asyncio.Lock, set[object]]]
 
 
 class Export:
@@ -177,12 +181,12 @@ class Exports:
         self._keeper = keeper  # opens and closes: hashing a base takes minutes, and nobody's reads shall wait for it
         self._loop = loop
         self._open: dict[str, Export] = {}
-        # By name, while it is being opened or closed: the lock, and how many hold it or wait for it.
-        self._turns: dict[str, tuple[asyncio.Lock, set[object]]] = {}
+        self._turns: Turns = {}  # of those that are being opened or closed
+        self._entrances: Turns = {}  # of those that somebody asks for, or that are kept closed
 
-    async def acquire(self, name: str) -> Export:
+    async def acquire(self, name: str, *, refused: bool = False) -> Export:
         """The export of that name, to be given back with :meth:`release`. Raises what ``Pool.open_clone`` raises."""
-        async with self._turn(name):
+        async with _turn(self._entrances, name), _turn(self._turns, name):
             export = self._open.get(name)
             if export is None:
                 clone = await self._keeper.run(lambda: self._open_clone(name), abandoned=self._close_clone)
@@ -193,7 +197,7 @@ class Exports:
 
     async def acquire_open(self, name: str) -> Export | None:
         """The same, of one that is open already; None if it is not."""
-        async with self._turn(name):
+        async with _turn(self._entrances, name), _turn(self._turns, name):
             export = self._open.get(name)
             if export is not None:
                 export.users += 1
@@ -202,7 +206,7 @@ class Exports:
     async def release(self, export: Export) -> None:
         """Give an export back. The last one's return flushes and closes the clone; a failure of that is logged."""
         name = export.clone.name
-        async with self._turn(name):
+        async with _turn(self._turns, name):
             export.users -= 1
             if export.users:
                 return
@@ -212,6 +216,22 @@ class Exports:
                 await self._keeper.run(lambda: self._close_clone(export.clone))
             except Exception as error:
                 logger.error("closing '%s': %s", name, error)
+
+    @contextlib.asynccontextmanager
+    async def kept_closed(self, names: Sequence[str], leave: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
+        """Nobody has any of these open, and who asks for one waits until the end of the ``async with``.
+
+        ``leave`` is awaited when nobody comes in any more, to make go who is there. Raises InUse if one is open then.
+        """
+        async with contextlib.AsyncExitStack() as held:
+            for name in sorted(names):
+                await held.enter_async_context(_turn(self._entrances, name))
+            await leave()
+            for name in sorted(names):
+                await held.enter_async_context(_turn(self._turns, name))
+                if name in self._open:
+                    raise InUse(f"'{name}' is in use: a client has just come, or a verb is at work on it")
+            yield
 
     @property
     def open_names(self) -> list[str]:
@@ -242,16 +262,17 @@ class Exports:
         self._boots.closing(clone)
         clone.close()
 
-    @contextlib.asynccontextmanager
-    async def _turn(self, name: str) -> AsyncIterator[None]:
-        """Be the only one who opens or closes this name."""
-        lock, interested = self._turns.setdefault(name, (asyncio.Lock(), set()))
-        me = object()
-        interested.add(me)
-        try:
-            async with lock:
-                yield
-        finally:
-            interested.discard(me)
-            if not interested:
-                del self._turns[name]
+
+@contextlib.asynccontextmanager
+async def _turn(turns: Turns, name: str) -> AsyncIterator[None]:
+    """Be the only one who has this name's lock of these."""
+    lock, interested = turns.setdefault(name, (asyncio.Lock(), set()))
+    me = object()
+    interested.add(me)
+    try:
+        async with lock:
+            yield
+    finally:
+        interested.discard(me)
+        if not interested:
+            del turns[name]

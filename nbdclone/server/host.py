@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -146,13 +147,27 @@ class Host:
         if tasks:
             await asyncio.wait(tasks)
 
+    def kept_closed(self, names: Sequence[str], *, disconnect: bool) -> AbstractAsyncContextManager[None]:
+        """As Exports does it; with ``disconnect`` the clients that are there are made to go."""
+
+        async def leave() -> None:
+            for name in names:
+                if disconnect:
+                    await self.disconnect(name)
+
+        return self._exports.kept_closed(names, leave)
+
     def _with(self, name: str) -> list[Connection]:
-        return [connection for connection in self._connections if connection.export_name == name]
+        return [connection for connection in self._in_order() if connection.export_name == name]
+
+    def _in_order(self) -> list[Connection]:
+        """Whoever came first, first."""
+        return sorted(self._connections, key=lambda connection: connection.since)
 
     def records(self) -> list[dict[str, Any]]:
         """Every export that is open here, and who has it, as JSON can hold it."""
         clients: dict[str, list[dict[str, Any]]] = {name: [] for name in self._exports.open_names}
-        for connection in self._connections:
+        for connection in self._in_order():
             if (name := connection.export_name) is not None:
                 clients.setdefault(name, []).append(connection.record())
         return [{"name": name, "clients": found} for name, found in clients.items()]

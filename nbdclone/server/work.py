@@ -10,20 +10,21 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, TypeVar
 
-from nbdclone.control.clients import add_user
+from nbdclone.control.clients import add_user, describe_clients
 from nbdclone.control.failures import to_record
 from nbdclone.control.verbs import Arguments, Opened, Steps, drive, find_verb
-from nbdclone.errors import Interrupted, NBDCloneError, UsageError
+from nbdclone.errors import Interrupted, InUse, NBDCloneError, UsageError
 from nbdclone.server.channel import Channel, Message
 from nbdclone.server.export import Export
 from nbdclone.server.host import Host
 from nbdclone.server.offload import Done, Offload
 from nbdclone.store.clone import Clone
+from nbdclone.store.names import split_name
 from nbdclone.store.pool import Pool
 
 logger = logging.getLogger("nbdclone")
@@ -145,6 +146,18 @@ class Work:
         self._require_ours(name)
         self._call(self._host.disconnect(name))
 
+    @contextmanager
+    def alone(self, names: Sequence[str], *, disconnect: bool = False) -> Iterator[None]:
+        clients = [client for name in names for client in self.clients(name)]
+        if clients and not disconnect:
+            raise InUse(f"'{names[0]}' is in use; connected: {describe_clients(clients)}")
+        held = self._host.kept_closed(names, disconnect=disconnect)
+        self._call(held.__aenter__())
+        try:
+            yield
+        finally:
+            self._call(held.__aexit__(None, None, None))
+
     def run(self, verb: str, arguments: Arguments) -> Steps:
         from nbdclone.control.client import Control  # takes memory, and most workers never need it
 
@@ -174,9 +187,9 @@ class Work:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def _require_ours(self, name: str) -> None:
-        """Another clone may be another worker's."""
+        """Another clone may be another worker's. A clone's snapshots are where the clone is."""
         ours = self._verb.clone_in(self._arguments)
-        if name != ours:
+        if split_name(name)[0] != ours:
             raise UsageError(f"'{self._verb.name}' works on '{ours}', and cannot open '{name}' as well")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from nbdclone.store.delta_file import NO_PARENT, Header, read_header
 from nbdclone.store.image import BaseRecord, Identity
 from nbdclone.store.locks import describe_process, holders
 from nbdclone.store.names import split_name
-from nbdclone.store.places import Places, Snapshot
+from nbdclone.store.places import EPHEMERAL, Places, Snapshot
 
 Locks = Mapping[tuple[int, int], int]
 
@@ -42,7 +43,7 @@ class BaseInfo:
 class CloneInfo:
     """A clone. ``allocated`` is what its delta takes on the disk, and ``quota`` what it may; ``in_use_by`` says who has
     it open, in words. ``parent`` is the base or the snapshot beneath its delta, None if it was cut free; ``base`` is at
-    the bottom. ``snapshots``: its own, oldest first.
+    the bottom. ``snapshots``: its own, oldest first. ``ephemeral``: it goes when its time is over.
     """
 
     kind: ClassVar[str] = "clone"
@@ -58,6 +59,7 @@ class CloneInfo:
     error: str | None = None
     base: str | None = None
     snapshots: tuple[str, ...] = ()
+    ephemeral: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +78,24 @@ class SnapshotInfo:
     error: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LayerInfo(SnapshotInfo):
+    """A layer whose snapshot was removed, and that something stands on; its name is its id."""
+
+    kind: ClassVar[str] = "layer"
+
+
 Info = BaseInfo | CloneInfo | SnapshotInfo
 
 
 class Catalog:
     """The content of a pool at one moment: what was asked once is remembered."""
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: Places, *, unnamed: bool = False) -> None:
+        """``unnamed``: layers without a name are not passed over."""
+        self._unnamed = unnamed
         self._places = places
         self._fs = places.fs
-        self._locks: Locks = holders()
         self._bases: dict[bytes, str] | None = None
         self._named: dict[bytes, str] | None = None
         self._headers: dict[bytes, Header | None] = {}  # of layers
@@ -119,6 +129,12 @@ class Catalog:
                 names.append(owner)
         bases = [self._base(name, tuple(children.get(name, ()))) for name in places.names_in(places.bases)]
         found: list[Info] = [*bases, *clones, *snapshots]
+        if self._unnamed:
+            found += [
+                self._snapshot(name, Snapshot(layer_id, 0), LayerInfo)
+                for layer_id, name in self.named.items()
+                if name == layer_id.hex()
+            ]
         return sorted(found, key=lambda info: info.name)
 
     def info(self, name: str) -> Info:
@@ -177,16 +193,22 @@ class Catalog:
             missing,
             base,
             tuple(self._places.snapshots(name, header.id)) if self._layered else (),
+            os.path.exists(f"{self._places.clones}/{name}/{EPHEMERAL}"),
         )
 
-    def _snapshot(self, name: str, snapshot: Snapshot) -> SnapshotInfo:
+    def _snapshot(self, name: str, snapshot: Snapshot, kind: type[SnapshotInfo] = SnapshotInfo) -> SnapshotInfo:
         layer, created = snapshot.layer.hex(), snapshot.created / 1e9
         try:
             header, status = self._look(self._places.layer(snapshot.layer))
         except (NBDCloneError, OSError) as error:
-            return SnapshotInfo(name, layer, 0, 0, created, "", error=str(error))
+            return kind(name, layer, 0, 0, created, "", error=str(error))
         parent, base, missing = self._beneath(header)
-        return SnapshotInfo(name, layer, header.size, status.st_blocks * 512, created, parent, base, missing)
+        return kind(name, layer, header.size, status.st_blocks * 512, created, parent, base, missing)
+
+    @functools.cached_property
+    def _locks(self) -> Locks:
+        """Asked for once, by who needs it: the kernel's table has the locks of the whole machine."""
+        return holders()
 
     # What is beneath
 
@@ -219,7 +241,8 @@ class Catalog:
         """The name of each layer that is a snapshot."""
         if self._named is None:
             places = self._places
-            self._named = {
+            self._named = {layer_id: layer_id.hex() for layer_id in places.layer_ids()} if self._unnamed else {}
+            self._named |= {
                 snapshot.layer: f"{clone}@{name}"
                 for clone in places.names_in(places.clones)
                 for name, snapshot in places.snapshots(clone).items()

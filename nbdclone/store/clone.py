@@ -458,6 +458,45 @@ class Clone:
             self._top += 1
             self.restacked += 1
 
+    def resize(self, size: int) -> None:
+        """Make the disk larger or smaller, durably. What is new reads as zeros, also what a smaller disk had there.
+
+        Nobody may read behind the new end any more: a disk that somebody uses is made larger, and not smaller. In the
+        turn of the changes. Raises OSError (the disk is as it was, or has its new size), FileTooLarge, CloneFailed.
+        """
+        with self._changing:
+            delta = self._writable()
+            delta.begin_changes(nowait=False)
+            end = min(size, self.size)
+            overlap = delta.header.overlap
+            seen = max((layer.size for layer in self.layers[:-1]), default=0)
+            if end < (seen if overlap is None else min(overlap, seen)):
+                # What is beneath is not to be seen from there on; the last block, if it is a part, is the delta's then.
+                overlap = end & ~BLOCK_MASK
+                if end > overlap:
+                    self._copy_block(overlap)
+            segment, within = divmod(end, SEGMENT_SIZE)
+            owners = bytes(self._owners_of(self._chain, segment, nowait=False)[: block_count(within)])
+            # Before the header changes, or a power cut would take the block that the overlap has not any more. And a
+            # delta that gets smaller has all that it has in its map.
+            delta.settle_all()
+            delta.resize(size, overlap)
+            # Not taken out of the map: a reader that was about to put it there would put it as it was.
+            self._owners[segment] = owners + uniform(NOWHERE)[len(owners) :]
+            for behind in [behind for behind in self._owners if behind > segment]:
+                del self._owners[behind]
+            self.size = size
+
+    def _copy_block(self, offset: int) -> None:
+        """Make the delta own one block with the content that it has."""
+        segment, within = divmod(offset, SEGMENT_SIZE)
+        owner = self._owners_of(self._chain, segment, nowait=False)[within >> BLOCK_SHIFT]
+        if owner not in (self._top, NOWHERE):
+            block = bytearray(BLOCK_SIZE)
+            self._read_block(block, offset, nowait=False)
+            self._write_blocks(memoryview(block), offset, nowait=False)
+            self._writable().note_marks()
+
     def relayer(self, layers: Sequence[Layer]) -> None:
         """Exchange the layers beneath the delta for others with which the disk has the same content.
 

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nbdclone.errors import CloneFailed, CorruptDelta, FileTooLarge, InUse, NotFound, StorageError
+from nbdclone.errors import CloneFailed, CorruptDelta, InUse, NotFound, StorageError
 from nbdclone.store.delta_file import (
     HEADER_SLOTS,
     JOURNAL,
@@ -33,18 +33,21 @@ from nbdclone.store.delta_file import (
     RECORD_SLOTS,
     SEGMENT_SPAN,
     Header,
+    change_header,
     file_size,
     read_header,
     renew_header,
+    set_length,
     write_header,
 )
-from nbdclone.store.delta_map import DeltaMap
+from nbdclone.store.delta_map import DeltaMap, cut_off
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem
 from nbdclone.store.journal import MAX_BLOCKS, Journal
 from nbdclone.store.layer import (
     BITMAP_SIZE,
+    BLOCK_SIZE,
     BLOCKS_PER_SEGMENT,
-    SEGMENT_SIZE,
+    block_count,
     paint_delta,
 )
 from nbdclone.store.live import FILE_NAME as LIVE_NAME
@@ -93,15 +96,7 @@ class Delta:
         """
         fd = fs.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
-            try:
-                fs.ftruncate(fd, file_size(header.size))
-            except OSError as error:
-                if error.errno != errno.EFBIG:
-                    raise
-                raise FileTooLarge(
-                    f"a disk of {header.size} bytes needs a sparse file of {file_size(header.size)} bytes, "
-                    f"more than this file system takes (ext4: 16 TiB less 4 KiB); use a smaller size, or XFS"
-                ) from None
+            set_length(fd, header.size, fs, file_size(header.size))
             page = header.encode()
             for slot in HEADER_SLOTS:
                 fs.pwrite_all(fd, page, slot)
@@ -113,17 +108,19 @@ class Delta:
             fs.close(fd)
 
     @classmethod
-    def open(cls, path: Path, what: str, fs: FileSystem = FILE_SYSTEM) -> Delta:
+    def open(cls, path: Path, what: str, fs: FileSystem = FILE_SYSTEM, *, shared: bool = False) -> Delta:
         """Open a delta for writing and take its lock. ``what`` begins the messages: "clone 'web1'".
 
-        Costs the same whatever its size. Raises NotFound, InUse, CorruptDelta, UnsupportedFormat.
+        ``shared``: it is a layer, which others read; it may gain blocks that change nothing for them, of whatever size.
+        The caller sees to it that nobody else does that. Costs the same whatever its size. Raises NotFound, InUse,
+        CorruptDelta, UnsupportedFormat.
         """
         try:
             fd = fs.open_file(path, os.O_RDWR)
         except FileNotFoundError:
             raise NotFound(f"{what} is not there ({path})") from None
         try:
-            fs.lock(fd, path, what)
+            fs.lock(fd, path, what, shared=shared)
             status = fs.fstat(fd)
             if not fs.still_there(path, status):
                 raise NotFound(f"{what} was removed just now ({path})")
@@ -131,7 +128,9 @@ class Delta:
             if status.st_size < file_size(header.size):
                 raise CorruptDelta(str(path), f"truncated: {status.st_size} bytes of {file_size(header.size)}")
             renew_header(fd, path, header, fs)
-            delta = cls(path, header, fd, fs)
+            if status.st_size > file_size(header.size):  # a change of the size was interrupted
+                cut_off(path, fd, header, fs)
+            delta = cls(path, replace(header, quota=0) if shared else header, fd, fs)
             delta._inherit()
         except BaseException:
             fs.close(fd)
@@ -166,7 +165,7 @@ class Delta:
             marks: dict[int, bytearray] = {}
             for block, count in self._live.inherit():
                 segment, first = divmod(block, BLOCKS_PER_SEGMENT)
-                if segment * SEGMENT_SIZE < self.size and first + count <= BLOCKS_PER_SEGMENT:
+                if block + count <= block_count(self.size) and first + count <= BLOCKS_PER_SEGMENT:
                     set_bits(marks.setdefault(segment, bytearray(BITMAP_SIZE)), first, first + count - 1)
             for segment, marked in marks.items():
                 self._merge(segment, marked)
@@ -449,6 +448,27 @@ class Delta:
             logger.exception("%s: its lock cannot be shared", path)
         self._live.discard()
         return Sealed(path, self.header, self.fd, self._fs)
+
+    def resize(self, size: int, overlap: int | None) -> None:
+        """Become the delta of a disk of ``size`` bytes, durably; ``overlap`` as in the header.
+
+        Nobody changes it meanwhile. Before it gets smaller everything is settled. Raises FileTooLarge, OSError: the
+        size is the old one then, or the new one.
+        """
+        self.require_sound()
+        shrinks, length = size < self.size, file_size(size)
+        if shrinks:  # longer than it has to be, it says that there may be something behind the disk's end (see cut_off)
+            length = max(file_size(self.size), length + BLOCK_SIZE)
+        set_length(self.fd, size, self._fs, length)
+        # Before the header says so: a power cut leaves a file that is too long, and nothing behind the old end.
+        self._fs.sync(self.fd)
+        # This is the commit. A power cut after it: the next to open the delta cuts off what is too much.
+        self.header = change_header(self.path, self._fs, size=size, overlap=overlap)
+        self.size = size
+        if shrinks:
+            cut_off(self.path, self.fd, self.header, self._fs)
+            self._map = DeltaMap(self.path, self.fd, self.header.id, self._fs)
+            self._lock = self._map.lock
 
     def moved(self, path: Path) -> None:
         """The file has another name now."""

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nbdclone.errors import CorruptDelta, UnsupportedFormat
+from nbdclone.errors import CorruptDelta, FileTooLarge, UnsupportedFormat
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem
 from nbdclone.store.layer import (
     BITMAP_SIZE,
@@ -205,6 +205,19 @@ def read_header(fd: int, path: str, fs: FileSystem = FILE_SYSTEM, nowait: bool =
     if not headers:
         raise errors[0]
     return max(headers, key=lambda header: header.sequence)
+
+
+def set_length(fd: int, size: int, fs: FileSystem, length: int) -> None:
+    """Give the file of a disk of ``size`` bytes this length. Raises FileTooLarge, OSError."""
+    try:
+        fs.ftruncate(fd, length)
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        raise FileTooLarge(
+            f"a disk of {size} bytes needs a sparse file of {length} bytes, "
+            f"more than this file system takes (ext4: 16 TiB less 4 KiB); use a smaller size, or XFS"
+        ) from None
 
 
 def change_header(path: Path, fs: FileSystem = FILE_SYSTEM, **changes: Any) -> Header:

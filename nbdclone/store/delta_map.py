@@ -19,12 +19,16 @@ from nbdclone.store.delta_file import (
     EMPTY_BITMAP,
     EMPTY_PAGE,
     MAP_SLOTS,
+    METADATA_SIZE,
     SEGMENT_SPAN,
+    Header,
     decode_map_page,
     encode_map_page,
+    file_size,
     read_page,
 )
 from nbdclone.store.fs import FileSystem
+from nbdclone.store.layer import BITMAP_SIZE, BLOCK_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE, block_count, is_zero
 
 logger = logging.getLogger("nbdclone")
 
@@ -82,6 +86,10 @@ class DeltaMap:
         start = segment * SEGMENT_SPAN
         pages = [read_page(self._fs, self._fd, start + slot, nowait) for slot in MAP_SLOTS]
         read = [decode_map_page(page, segment, self._id) for page in pages]
+        if any(decoded is None and page != EMPTY_PAGE for page, decoded in zip(pages, read, strict=True)):
+            # Perhaps it is just being written: a layer gains blocks while others read it.
+            pages = [read_page(self._fs, self._fd, start + slot, nowait) for slot in MAP_SLOTS]
+            read = [decode_map_page(page, segment, self._id) for page in pages]
         for slot, (page, decoded) in enumerate(zip(pages, read, strict=True)):
             if decoded is None and page != EMPTY_PAGE:
                 self._note_damage(segment, slot)
@@ -193,3 +201,36 @@ class DeltaMap:
             state.alone = False
             with self.lock:
                 self.unmirrored.discard(segment)
+
+
+def cut_off(path: Path, fd: int, header: Header, fs: FileSystem) -> None:
+    """Let the file end where the disk does, and hold nothing of what was behind that end, durably.
+
+    What is left when a disk was made smaller: the blocks behind its end are marked, and there is data in the rest of
+    its last block. All that comes to light if the disk grows again. To be called before the delta is used, by who has
+    it alone. It can be interrupted anywhere: the file gets its length in the end, so the next to open it begins anew.
+    Raises CorruptDelta, OSError.
+    """
+    segment, end = divmod(header.size, SEGMENT_SIZE)
+    if end:
+        rest = bytearray(-end % BLOCK_SIZE)
+        place = header.size + (segment + 1) * METADATA_SIZE
+        if rest and fs.pread_all(fd, [rest], place, len(rest)) and not is_zero(rest):
+            fs.pwrite_all(fd, bytes(len(rest)), place)
+        pages = DeltaMap(path, fd, header.id, fs)
+        state = pages.load(segment, nowait=False)
+        behind = BLOCKS_PER_SEGMENT - block_count(end)
+        kept = (int.from_bytes(state.bitmap, "big") >> behind << behind).to_bytes(BITMAP_SIZE, "big")
+        if kept != state.bitmap:
+            if torn := pages.wipe():
+                fs.datasync(fd)
+                pages.wiped(torn)
+            # A power cut in here: one slot or the other holds, and what it marks behind the end is nobody's.
+            pages.write({segment: kept})
+            fs.datasync(fd)
+            pages.written({segment: kept})
+            pages.mirror([segment])
+        # Before the file has its length, which says that all of this is done.
+        fs.datasync(fd)
+    fs.ftruncate(fd, file_size(header.size))
+    fs.sync(fd)

@@ -48,10 +48,11 @@ _NO_FILE = frozenset(
 )
 
 # From linux/fs.h and linux/fiemap.h: where the extents of a range are. The request: start, length, flags, extents told,
-# extents that there is room for. An extent: its place in the file, on the disk, its length.
+# extents that there is room for. An extent: its place in the file, on the disk, its length, flags.
 FS_IOC_FIEMAP = 0xC020660B
 FIEMAP = struct.Struct("=QQIIII")
-FIEMAP_EXTENT = struct.Struct("=QQQ32x")
+FIEMAP_EXTENT = struct.Struct("=QQQ16xI12x")
+FIEMAP_EXTENT_SHARED = 0x2000  # with another file
 FIEMAP_EXTENTS = 256  # asked for at once
 
 # From linux/fcntl.h: a hint for the disk, which the inode keeps in memory only. 0 is "not set", and 1 says no more than
@@ -172,23 +173,35 @@ class FileSystem:
         Where the file system does not tell extents (tmpfs, NFS), space that was taken ahead of its data counts as none.
         """
         missing, stop = 0, offset + length
-        request = bytearray(FIEMAP.size + FIEMAP_EXTENTS * FIEMAP_EXTENT.size)
-        while offset < stop:
-            FIEMAP.pack_into(request, 0, offset, stop - offset, 0, 0, FIEMAP_EXTENTS, 0)
-            try:
-                fcntl.ioctl(fd, FS_IOC_FIEMAP, request)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
-                    raise
-                return missing + _holes(self, fd, offset, stop)
-            told = FIEMAP.unpack_from(request)[3]
-            for index in range(told):
-                start, _, size = FIEMAP_EXTENT.unpack_from(request, FIEMAP.size + index * FIEMAP_EXTENT.size)
+        try:
+            for start, size, _ in self._extents(fd, offset, stop):
                 missing += max(min(start, stop) - offset, 0)
                 offset = max(offset, min(start + size, stop))
-            if told < FIEMAP_EXTENTS:
-                return missing + stop - offset
-        return missing
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
+                raise
+            return missing + _holes(self, fd, offset, stop)
+        return missing + stop - offset
+
+    def shared_bytes(self, fd: int) -> int:
+        """How many bytes of the file are in extents that it shares with another, as far as that can be told."""
+        with contextlib.suppress(OSError):  # what shares nothing need not know the question
+            extents = self._extents(fd, 0, self.fstat(fd).st_size)
+            return sum(size for _, size, flags in extents if flags & FIEMAP_EXTENT_SHARED)
+        return 0
+
+    def _extents(self, fd: int, offset: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """What space the range has: (place in the file, length, flags) of each extent."""
+        request = bytearray(FIEMAP.size + FIEMAP_EXTENTS * FIEMAP_EXTENT.size)
+        told = FIEMAP_EXTENTS
+        while offset < stop and told == FIEMAP_EXTENTS:
+            FIEMAP.pack_into(request, 0, offset, stop - offset, 0, 0, FIEMAP_EXTENTS, 0)
+            fcntl.ioctl(fd, FS_IOC_FIEMAP, request)
+            told = FIEMAP.unpack_from(request)[3]
+            for index in range(told):
+                start, _, size, flags = FIEMAP_EXTENT.unpack_from(request, FIEMAP.size + index * FIEMAP_EXTENT.size)
+                yield start, size, flags
+                offset = max(offset, start + size)
 
     def keep_in_memory(self, fd: int, *, keep: bool = True) -> None:
         """Note, where only the kernel's memory has it, that this inode is there, and with it what was written to it.
@@ -394,3 +407,13 @@ def _boot_id() -> bytes:
 
 
 FILE_SYSTEM = FileSystem()
+
+
+def write_durably(path: Path, content: bytes, fs: FileSystem) -> None:
+    """Make a new file with this content, durable; its name is so when its directory is synced. Raises OSError."""
+    fd = fs.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        fs.pwrite_all(fd, content, 0)
+        fs.sync(fd)
+    finally:
+        fs.close(fd)

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from nbdclone.errors import FileTooLarge, InvalidImage, NotFound, StorageError
@@ -27,12 +28,14 @@ from nbdclone.store.image import (
     chunk_hash,
     data_ranges,
     fingerprint_of,
+    hash_image,
     read_manifest,
     save,
     take_samples,
 )
 from nbdclone.store.layer import MAX_SIZE, MIN_SIZE, SECTOR_SIZE, zero_runs
 from nbdclone.store.probe import claimed_size
+from nbdclone.store.qemu import CHECK_PASSES, complaint_of, data_ends
 
 # Where each format's magic bytes stand, and qemu-img's name for it.
 _SIGNATURES = (
@@ -44,8 +47,6 @@ _SIGNATURES = (
     (0, b"conectix", "vpc"),
     (0x40, b"\x7f\x10\xda\xbe", "vdi"),
 )
-# qemu-img check: 0 sound, 3 sound but with leaked clusters, 63 no check for this format.
-_CHECK_PASSES = (0, 3, 63)
 _PERCENT = re.compile(rb"\((\d+\.\d+)/100%\)")
 
 
@@ -79,9 +80,45 @@ def import_image(
             size, hashes = _take_converted(source, target, force, fs)
     finally:
         os.close(source_fd)
+    return record_base(directory, size, hashes, str(source.absolute()), fs, immutable=immutable)
+
+
+def make_base(directory: Path, source: str, fs: FileSystem) -> Iterator[tuple[int, int]]:
+    """Make a base of the raw image that is in ``directory`` already: manifest and record, all durable.
+
+    ``source`` says where it is from. In steps: yields (bytes done, bytes in all). Raises StorageError, OSError.
+    """
+    hashes: dict[int, bytes] = {}
+    fd = fs.open(directory / "image", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        size = fs.fstat(fd).st_size
+        for chunk, digest in hash_image(fd, size):
+            hashes[chunk] = digest
+            yield min((chunk + 1) * CHUNK_SIZE, size), size
+        _seal(fd, fs)
+    finally:
+        fs.close(fd)
+    record_base(directory, size, hashes, source, fs)
+
+
+def record_base(
+    directory: Path,
+    size: int,
+    hashes: dict[int, bytes],
+    source: str,
+    fs: FileSystem,
+    *,
+    base_id: bytes | None = None,
+    created: int | None = None,
+    immutable: bool = False,
+) -> BaseRecord:
+    """Write the manifest and the record of the image in ``directory``, durably, with the hashes of its chunks.
+
+    ``base_id``, ``created``: if it is a base that was made before. From here on, nobody writes to the image.
+    """
     _write_manifest(directory / "manifest", hashes, size, fs)
     fingerprint = fingerprint_of(size, read_manifest(directory / "manifest", size))
-    fd = fs.open(target, os.O_RDONLY | os.O_CLOEXEC)
+    fd = fs.open(directory / "image", os.O_RDONLY | os.O_CLOEXEC)
     try:
         if immutable:
             _forbid_changes(fd, fs)
@@ -89,9 +126,8 @@ def import_image(
         identity = Identity.of(fs.fstat(fd))
     finally:
         fs.close(fd)
-    record = BaseRecord(
-        uuid.uuid4().bytes, size, fingerprint, time.time_ns(), str(source.absolute()), identity, samples
-    )
+    base_id, created = base_id or uuid.uuid4().bytes, created or time.time_ns()
+    record = BaseRecord(base_id, size, fingerprint, created, source, identity, samples)
     save(directory / "base.json", record.dump(), fs)
     return record
 
@@ -238,8 +274,8 @@ def _convert(source: Path, image_format: str, target: Path, progress: Progress |
     check = subprocess.run(
         [program, "check", "-f", image_format, "--output=json", name], capture_output=True, text=True, check=False
     )
-    if check.returncode not in _CHECK_PASSES:
-        raise InvalidImage(f"{source} is damaged or truncated: {_complaint(check.stderr, check.stdout)}")
+    if check.returncode not in CHECK_PASSES:
+        raise InvalidImage(f"{source} is damaged or truncated: {complaint_of(check.stderr, check.stdout)}")
     if not force:
         _require_whole(program, source, name, image_format)
     with tempfile.TemporaryFile() as complaints:
@@ -257,7 +293,7 @@ def _convert(source: Path, image_format: str, target: Path, progress: Progress |
                 complaints.seek(0)
                 complaint = complaints.read().decode(errors="replace")
                 kind = StorageError if "No space left" in complaint else InvalidImage
-                raise kind(f"{source} cannot be converted: {_complaint(complaint)}")
+                raise kind(f"{source} cannot be converted: {complaint_of(complaint)}")
         finally:
             if process.poll() is None:
                 process.kill()
@@ -272,17 +308,10 @@ def _require_whole(program: str, source: Path, name: str, image_format: str) -> 
     command = [program, "info", "-f", image_format, "--backing-chain", "--output=json", name]
     info = subprocess.run(command, capture_output=True, text=True, check=False)
     if info.returncode != 0:
-        raise InvalidImage(f"{source} cannot be read: {_complaint(info.stderr)}")
+        raise InvalidImage(f"{source} cannot be read: {complaint_of(info.stderr)}")
     chain = json.loads(info.stdout)
-    ends = [0] * len(chain)  # by depth: how far into its file the data of each image reaches
-    command = [program, "map", "-f", image_format, "--output=json", name]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:  # an extent on each: there may be millions
-            extent = json.loads(line.strip("[], \n") or "{}")
-            if extent.get("data") and not extent["zero"] and "offset" in extent:
-                ends[extent["depth"]] = max(ends[extent["depth"]], extent["offset"] + extent["length"])
-    if process.returncode != 0:
+    ends = data_ends(program, ["-f", image_format, name], len(chain))
+    if ends is None:
         raise InvalidImage(f"{source} cannot be read: qemu-img map fails")
     for image, end in zip(chain, ends, strict=True):
         details = image.get("format-specific", {}).get("data", {})
@@ -295,15 +324,3 @@ def _require_whole(program: str, source: Path, name: str, image_format: str) -> 
                     f"{image['filename']} is truncated: it has {size} bytes, and its data reaches to {end} "
                     f"(--force imports it all the same)"
                 )
-
-
-def _complaint(stderr: str, report: str = "") -> str:
-    """The last thing that qemu-img said, without its name; else what its report counts."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    if lines:
-        return lines[-1].removeprefix("qemu-img: ")
-    try:
-        counts = json.loads(report)
-    except ValueError:
-        return "qemu-img check fails"
-    return f"qemu-img check finds {counts.get('corruptions', 0)} corruptions and {counts.get('check-errors', 0)} errors"

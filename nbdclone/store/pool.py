@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nbdclone.errors import NotFound, UsageError
@@ -18,14 +18,15 @@ from nbdclone.store.catalog import BaseInfo, Catalog, CloneInfo, Info, SnapshotI
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import Header, change_header
-from nbdclone.store.fs import FILE_SYSTEM, FileSystem
+from nbdclone.store.ephemeral import Mark
+from nbdclone.store.fs import FILE_SYSTEM, FileSystem, write_durably
 from nbdclone.store.image import Image, Progress
 from nbdclone.store.importing import import_image
 from nbdclone.store.layer import BLOCK_SIZE, MAX_SIZE, MIN_SIZE, SECTOR_SIZE
 from nbdclone.store.locks import mount_of, require_locks
 from nbdclone.store.names import split_name, validate_name, validate_snapshot_name
-from nbdclone.store.opening import open_disk
-from nbdclone.store.places import ENTRIES, Places
+from nbdclone.store.opening import open_beneath, open_disk
+from nbdclone.store.places import ENTRIES, EPHEMERAL, Places
 from nbdclone.store.removal import remove
 from nbdclone.store.sealed import Sealed
 from nbdclone.store.snapshots import go_back, take_snapshot
@@ -111,13 +112,21 @@ class Pool:
         return info
 
     def create_clones(
-        self, source: str, names: Sequence[str], *, size: int | None = None, quota: int | None = None
+        self,
+        source: str,
+        names: Sequence[str],
+        *,
+        size: int | None = None,
+        quota: int | None = None,
+        fill: Callable[[Clone], object] | None = None,
+        mark: Mark | None = None,
     ) -> list[CloneInfo]:
         """Make clones of a base, all of them or, if anything is wrong with one, none.
 
         ``size`` in bytes (default: the base's) may be larger than the base: the rest reads as zeros. ``quota`` is how
-        many bytes each may take on the disk (default: no end of it). Costs the same whatever the size. Raises
-        UsageError and its children, BaseChanged, FileTooLarge.
+        many bytes each may take on the disk (default: no end of it). ``fill`` is given each clone, open, to write to
+        it before it has its name. ``mark``: they are ephemeral. Costs the same whatever the size. Raises UsageError
+        and its children, BaseChanged, FileTooLarge, and what ``fill`` raises.
         """
         for name in names:
             validate_name(name)
@@ -142,12 +151,22 @@ class Pool:
                 def make(name: str) -> None:
                     self._fs.mkdir(staging / name)
                     header = Header(uuid.uuid4().bytes, *identity, size, time.time_ns(), source, quota=quota or 0)
-                    Delta.create(staging / name / "delta", header, self._fs)
+                    delta = staging / name / "delta"
+                    Delta.create(delta, header, self._fs)
+                    if mark is not None:
+                        write_durably(staging / name / EPHEMERAL, mark.dump(), self._fs)
+                    if fill is not None:
+                        beneath = open_beneath(self.places, f"clone '{name}'", header)
+                        opened = Delta.open(delta, f"clone '{name}'", self._fs)
+                        with Clone(name, [*beneath, opened], self._fs) as clone:
+                            fill(clone)
                     self._fs.sync_directory(staging / name)
 
                 self._fs.for_each(make, names)
                 with self.places.changing():
                     self.places.require_free(names)
+                    if split_name(source)[1] is not None:
+                        self.places.snapshot(source)  # without a name, its layer may be about to go
                     if not self._fs.still_there(path, self._fs.fstat(parent.fd)):
                         raise NotFound(
                             f"'{source}' was removed just now"
@@ -175,13 +194,14 @@ class Pool:
         assert isinstance(info, CloneInfo)
         return info
 
-    def remove(self, names: Sequence[str]) -> None:
+    def remove(self, names: Sequence[str], still: Callable[[], bool] = lambda: True) -> None:
         """Remove clones, bases and snapshots, all or none.
 
         Raises NotFound; InUse, naming the dependants that are not removed along with it, or the process that has a
-        clone open. Needs no space: on a full disk this is what makes some.
+        clone open. Needs no space: on a full disk this is what makes some. ``still`` is asked when it is our turn: are
+        they to go?
         """
-        remove(self.places, names)
+        remove(self.places, names, still)
 
     # Snapshots
 
@@ -211,9 +231,12 @@ class Pool:
         """The names of all bases, clones and snapshots, sorted: the exports of a server."""
         return Catalog(self.places).names()
 
-    def entries(self) -> list[Info]:
-        """Every base, clone and snapshot, sorted by name. One that is damaged is listed with its ``error``."""
-        return Catalog(self.places).entries()
+    def entries(self, *, unnamed: bool = False) -> list[Info]:
+        """Every base, clone and snapshot, sorted by name. One that is damaged is listed with its ``error``.
+
+        ``unnamed``: the layers too of which no snapshot is left, under their ids.
+        """
+        return Catalog(self.places, unnamed=unnamed).entries()
 
     def info(self, name: str) -> Info:
         """One of them. Raises NotFound. What depends on a base is known when all clones were looked at."""

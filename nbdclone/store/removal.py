@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nbdclone.errors import InUse, NBDCloneError, NotFound, StorageError
@@ -16,19 +16,25 @@ from nbdclone.store.names import split_name
 from nbdclone.store.places import SNAPSHOTS, Places
 
 
-def remove(places: Places, names: Sequence[str]) -> None:
-    """Remove clones, bases and snapshots, all or none.
+def remove(places: Places, names: Sequence[str], still: Callable[[], bool] = lambda: True) -> None:
+    """Remove clones, bases and snapshots, all or none; if they are ``still`` to go when it is our turn.
 
     Raises NotFound; InUse, naming the dependants that are not removed along with it, or the process that has a clone
     open. Needs no space: on a full disk this is what makes some. The layer of a snapshot stays as long as something is
     above it.
     """
-    _Removal(places, list(dict.fromkeys(names))).run()
+    _Removal(places, list(dict.fromkeys(names)), still).run()
+
+
+def require_removable(places: Places, names: Sequence[str]) -> None:
+    """Raise what :func:`remove` would raise of these, and change nothing."""
+    _Removal(places, list(dict.fromkeys(names))).look()
 
 
 class _Removal:
-    def __init__(self, places: Places, names: list[str]) -> None:
+    def __init__(self, places: Places, names: list[str], still: Callable[[], bool] = lambda: True) -> None:
         self._places = places
+        self._still = still
         self._fs = places.fs
         self._names = [name for name in names if split_name(name)[1] is None]
         self._snapshots = [name for name in names if split_name(name)[1] is not None]
@@ -40,15 +46,10 @@ class _Removal:
         with contextlib.ExitStack() as held:
             held.callback(self._discard)  # once more when it is closed: NFS does not remove what is open
             with places.changing():
+                if not self._still():
+                    return
                 places.clear_leftovers()
-                found = [places.place(name) for name in names]
-                for name in self._snapshots:
-                    places.snapshot(name)
-                layered = bool(places.layer_ids())
-                if layered or any(place.parent == places.bases for place in found):
-                    self._refuse_dependants()
-                for name, place in zip(names, found, strict=True):
-                    self._hold(name, place, held)
+                found, layered = self._find(held)
                 for name, place in zip(names, found, strict=True):
                     thaw(self._fs, place / "image", name)
                 # Clones before bases: a power cut in between leaves no clone without its base. Straight into ``.tmp``,
@@ -66,6 +67,23 @@ class _Removal:
                 if layered:
                     collect(places, held, self._going)
 
+    def look(self) -> None:
+        with contextlib.ExitStack() as held, self._places.changing():
+            self._find(held)
+
+    def _find(self, held: contextlib.ExitStack) -> tuple[list[Path], bool]:
+        """Where they are, locked, and whether there are layers. To be called when changing."""
+        places = self._places
+        found = [places.place(name) for name in self._names]
+        for name in self._snapshots:
+            places.snapshot(name)
+        layered = bool(places.layer_ids())
+        if layered or any(place.parent == places.bases for place in found):
+            self._refuse_dependants()
+        for name, place in zip(self._names, found, strict=True):
+            self._hold(name, place, held)
+        return found, layered
+
     def _discard(self) -> None:
         for _, trash in self._going:
             if trash.exists():
@@ -78,6 +96,9 @@ class _Removal:
             if directory.is_dir():  # it may have gone with its clone
                 self._fs.unlink(directory / str(snapshot))
                 self._fs.sync_directory(directory)
+        if self._snapshots:  # a server looks at it, and sees that there may be a layer to be merged
+            with contextlib.suppress(OSError):
+                os.utime(self._places.layers)
 
     def _rename_all(self, pairs: Sequence[tuple[Path, Path]]) -> None:
         """Rename (from, to), all or, if one fails, none. Bases go last, when their clones durably went."""
@@ -103,7 +124,7 @@ class _Removal:
                 raise InUse(
                     f"no base is removed while it cannot be told which one clone '{info.name}' needs: {info.error}"
                 )
-        needed = _needed_layers(self._places, [name for name in self._clone_names() if name not in going])
+        needed = needed_layers(self._places, [name for name in self._clone_names() if name not in going])
         for info in entries:
             if info.name not in going:
                 continue
@@ -144,8 +165,11 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _needed_layers(places: Places, clones: Sequence[str]) -> dict[bytes, set[str]]:
-    """The layers beneath these clones and beneath their snapshots, and which clones need each. Raises StorageError."""
+def needed_layers(places: Places, clones: Sequence[str], *, strict: bool = False) -> dict[bytes, set[str]]:
+    """The layers beneath these clones and beneath their snapshots, and which clones need each. Raises StorageError.
+
+    ``strict``: also where the record of a snapshot cannot be read; it may name any of them.
+    """
     needed: dict[bytes, set[str]] = {}
     for clone in clones:
         try:
@@ -155,7 +179,7 @@ def _needed_layers(places: Places, clones: Sequence[str]) -> dict[bytes, set[str
         tops = [
             header.parent_id,
             header.origin,
-            *(snapshot.layer for snapshot in places.snapshots(clone, header.id).values()),
+            *(snapshot.layer for snapshot in places.snapshots(clone, header.id, strict=strict).values()),
         ]
         for layer_id in tops:
             while clone not in needed.get(layer_id, ()) and places.layer(layer_id).exists():
@@ -168,11 +192,11 @@ def collect(places: Places, held: contextlib.ExitStack, going: list[tuple[Path, 
     """Remove the layers that nothing is above and no snapshot names; to be called when changing.
 
     What is renamed away is added to ``going``, to be removed when ``held`` is closed. A layer that somebody reads stays
-    until the next time, and so do all if one clone cannot be read: it may need any of them.
+    until the next time, and so do all if one clone, or one record of a snapshot, cannot be read: it may need any.
     """
     fs = places.fs
     with contextlib.suppress(NBDCloneError):
-        needed = _needed_layers(places, places.names_in(places.clones))
+        needed = needed_layers(places, places.names_in(places.clones), strict=True)
         for layer_id in places.layer_ids():
             if layer_id in needed:
                 continue

@@ -50,7 +50,7 @@ class Sealed:
             status = fs.stat(path)
             with _opening:
                 if known := _opened.get((fs, status.st_dev, status.st_ino)):
-                    # What it stands on may be another than when it was opened: nobody asks before who opens it.
+                    # A merge may have given it another parent.
                     known.header = read_header(known.fd, str(path), fs)
                     known._users += 1
                     return known

@@ -17,18 +17,25 @@ import contextlib
 import os
 import time
 import uuid
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nbdclone.errors import NameTaken, NotFound, UsageError
+from nbdclone.errors import NameTaken, NotFound, StorageError, UsageError
 from nbdclone.store.catalog import Catalog
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
-from nbdclone.store.delta_file import NO_PARENT, Header
+from nbdclone.store.delta_file import HEADER_SLOTS, NO_PARENT, PAGE_SIZE, RECORD_SLOTS, Header
+from nbdclone.store.fs import write_durably
 from nbdclone.store.image import BaseRecord
 from nbdclone.store.layer import MAX_LAYERS
 from nbdclone.store.names import validate_name
 from nbdclone.store.places import SNAPSHOTS, Places, Snapshot
+from nbdclone.store.removal import collect, needed_layers
+from nbdclone.store.space import freed_in, layer_needs
+
+# What a delta without blocks takes.
+EMPTY_DELTA = PAGE_SIZE * (len(HEADER_SLOTS) + len(RECORD_SLOTS))
 
 
 def origin_of(header: Header) -> bytes:
@@ -51,24 +58,33 @@ def successor(header: Header, parent_id: bytes, parent_name: str, **changes: obj
     )
 
 
-def take_snapshot(places: Places, clone: Clone, snapshot: str) -> None:
+def take_snapshot(
+    places: Places, clone: Clone, snapshot: str, hold: Callable[[Callable[[], None]], None] = lambda step: step()
+) -> None:
     """Make ``clone@snapshot`` of a clone that is open, and may be in use: changes wait for some milliseconds.
 
-    Constant time, but for the flush of what was written before. Raises UsageError and its children (nothing was
-    changed), OSError, CloneFailed.
+    ``hold`` is given the one step that nobody may change the clone beside. Constant time, but for the flush of what was
+    written before. Raises UsageError and its children (nothing was changed), OSError, CloneFailed.
     """
     validate_name(snapshot)
-    name, fs = clone.name, places.fs
-    own = places.clones / name
+    name = clone.name
     if clone.read_only:
         raise UsageError(f"'{name}' is read-only: snapshots are made of clones")
     if len(clone.layers) >= MAX_LAYERS:
         raise UsageError(f"'{name}' has {MAX_LAYERS} layers, as many as there may be: remove a snapshot first")
     clone.flush()  # most of it before anybody has to wait
+    while not _try_snapshot(places, clone, snapshot, hold):
+        pass  # another snapshot, or another size or quota, came in between
+
+
+def _try_snapshot(places: Places, clone: Clone, snapshot: str, hold: Callable[[Callable[[], None]], None]) -> bool:
+    """False, and nothing was changed, if the clone's delta is not any more what it was at the beginning."""
+    name, fs = clone.name, places.fs
+    own = places.clones / name
     with places.no_space_left(f"snapshot '{name}@{snapshot}'"), places.staging() as staging:
-        old = clone.delta.header
+        old = places.header(own / "delta")
         Delta.create(staging / "delta", successor(old, old.id, f"{name}@{snapshot}"), fs)
-        _write(staging / "record", Snapshot(old.id, time.time_ns()).dump(), places)
+        write_durably(staging / "record", Snapshot(old.id, time.time_ns()).dump(), fs)
         fs.mkdir(staging / "layer")
         fs.link(own / "delta", staging / "layer" / "delta")
         fs.sync_directory(staging / "layer")
@@ -77,6 +93,8 @@ def take_snapshot(places: Places, clone: Clone, snapshot: str) -> None:
         try:
             with places.changing():
                 _require_present(places, clone)
+                if places.header(own / "delta") != old:
+                    return False
                 clear_cut_off(places, name, old.id)
                 if snapshot in places.snapshots(name, old.id):
                     raise NameTaken(f"there is a snapshot '{name}@{snapshot}' already")
@@ -91,14 +109,16 @@ def take_snapshot(places: Places, clone: Clone, snapshot: str) -> None:
                         new.guard(lambda: fs.sync_directory(own))
                         return new
 
-                    clone.stack(commit, places.layer(old.id))
+                    clone.delta.settle_all()  # once more, so that little is left to do while others wait
+                    hold(lambda: clone.stack(commit, places.layer(old.id)))
                 finally:
                     if not committed:
-                        with contextlib.suppress(OSError):
+                        with contextlib.suppress(OSError, StorageError):
                             clear_cut_off(places, name, old.id)
         finally:
             if not committed:
                 new.close()
+    return True
 
 
 def _place(places: Places, staging: Path, own: Path, layer_id: bytes, snapshot: str) -> None:
@@ -119,9 +139,15 @@ def _place(places: Places, staging: Path, own: Path, layer_id: bytes, snapshot: 
 def clear_cut_off(places: Places, name: str, own_id: bytes) -> None:
     """Remove what a snapshot left that did not come to its commit: its names. To be called when changing.
 
-    Before the clone's delta gets another id: for then they would count.
+    Before the clone's delta gets another id: for then they would count. Raises StorageError if others need what has
+    that id: then the clone is a copy of another, made by hand before that one had a snapshot.
     """
     fs = places.fs
+    layer = places.layer(own_id).parent
+    if layer.is_dir() and (above := needed_layers(places, places.names_in(places.clones)).get(own_id)):
+        raise StorageError(
+            f"clone '{name}' has the id of a layer that {sorted(above)[0]!r} needs: it is a copy of that"
+        )
     directory = places.clones / name / SNAPSHOTS
     if directory.is_dir():
         removed = False
@@ -132,10 +158,39 @@ def clear_cut_off(places: Places, name: str, own_id: bytes) -> None:
                     removed = True
         if removed:
             fs.sync_directory(directory)
-    layer = places.layer(own_id).parent
     if layer.is_dir():
         fs.remove_tree(layer)
         fs.sync_directory(places.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """What it means that a clone goes back: to what (a snapshot, or what it was made from), of which ``size``; how many
+    bytes come ``freed``, at least: the delta's, and those of ``layers`` that nobody needs afterwards. ``later``: the
+    snapshots since then, which stay.
+    """
+
+    name: str
+    to: str
+    size: int
+    freed: int
+    layers: tuple[str, ...]
+    later: tuple[str, ...]
+
+
+def look_back(places: Places, name: str, snapshot: str | None) -> Return:
+    """What :func:`go_back` would do. Raises NotFound, UsageError, StorageError."""
+    own = _own_directory(places, name)
+    header = places.header(own / "delta")
+    target, shown, size = _target(places, name, header, snapshot)
+    then = replace(header, parent_id=target, origin=origin_of(header))
+    layers = sorted(layer_needs(places).keys() - layer_needs(places, {name: then}).keys())
+    freed = max(freed_in(places.fs, own / "delta") - EMPTY_DELTA, 0)
+    freed += sum(freed_in(places.fs, places.layer(layer_id).parent) for layer_id in layers)
+    found = places.snapshots(name, header.id)
+    since = found[snapshot].created if snapshot is not None else 0
+    later = tuple(f"{name}@{other}" for other, record in found.items() if record.created > since)
+    return Return(name, shown, size, freed, tuple(layer_id.hex() for layer_id in layers), later)
 
 
 def go_back(places: Places, name: str, snapshot: str | None) -> None:
@@ -144,23 +199,35 @@ def go_back(places: Places, name: str, snapshot: str | None) -> None:
     Constant time. Raises NotFound, InUse that names who has the clone open, and nothing was changed.
     """
     fs = places.fs
-    own = places.place(name)
-    if own.parent == places.bases:
-        raise UsageError(f"'{name}' is a base, and never changes")
+    own = _own_directory(places, name)
     what = f"rollback of '{name}'" if snapshot else f"reset of '{name}'"
-    with places.no_space_left(what), places.staging() as staging:
+    going: list[tuple[Path, Path]] = []
+    with places.no_space_left(what), places.staging() as staging, contextlib.ExitStack() as held:
         delta = Delta.open(own / "delta", f"clone '{name}'", fs)
         try:
             target, shown, size = _target(places, name, delta.header, snapshot)
-            Delta.create(staging / "delta", successor(delta.header, target, shown, size=size), fs)
+            header = successor(delta.header, target, shown, size=size)
+            if places.layer(target).exists():  # a clone that was cut free of its base, or moved, is over it again
+                header = replace(header, fingerprint=places.header(places.layer(target)).fingerprint)
+            Delta.create(staging / "delta", header, fs)
             with places.changing():
                 _target(places, name, delta.header, snapshot)  # it may have been removed meanwhile
                 clear_cut_off(places, name, delta.header.id)
                 fs.rename(staging / "delta", own / "delta")
                 fs.sync_directory(own)
+                collect(places, held, going)
             delta.discard()
         finally:
             delta.close()
+    for _, trash in going:
+        fs.remove_tree(trash, ignore_errors=True)
+
+
+def _own_directory(places: Places, name: str) -> Path:
+    own = places.place(name)
+    if own.parent == places.bases:
+        raise UsageError(f"'{name}' is a base, and never changes")
+    return own
 
 
 def _target(places: Places, name: str, header: Header, snapshot: str | None) -> tuple[bytes, str, int]:
@@ -184,13 +251,3 @@ def _require_present(places: Places, clone: Clone) -> None:
     path = places.delta(clone.name)
     if not places.fs.still_there(path, places.fs.fstat(clone.delta.fd)):
         raise NotFound(f"clone '{clone.name}' was removed just now ({path})")
-
-
-def _write(path: Path, content: bytes, places: Places) -> None:
-    fs = places.fs
-    fd = fs.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        fs.pwrite_all(fd, content, 0)
-        fs.sync(fd)
-    finally:
-        fs.close(fd)

@@ -69,7 +69,7 @@ def look(target: Target, name: str) -> Steps:
         return {"open": opened is not None, "clients": target.clients(name), "by": os.getpid()}
 
 
-def disconnect(target: Target, name: str) -> Steps:
+def send_away(target: Target, name: str) -> Steps:
     """Send the clients away, and see whether they have gone."""
     with target.opened(name):
         before = len(target.clients(name))
@@ -91,7 +91,7 @@ SAMPLES = [
     Verb("break_down", "worker", "sampleverbs:break_down"),
     Verb("die", "worker", "sampleverbs:die"),
     Verb("look", "worker", "sampleverbs:look"),
-    Verb("disconnect", "worker", "sampleverbs:disconnect"),
+    Verb("send_away", "worker", "sampleverbs:send_away"),
     Verb("wrong_clone", "worker", "sampleverbs:wrong_clone"),
     Verb("twice", "process", "sampleverbs:twice"),
     Verb("fill_apart", "process", "sampleverbs:fill"),

@@ -13,6 +13,7 @@ error or a power cut.
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import os
 import random
@@ -238,6 +239,12 @@ class Tree:
         tree.root = _read_in(path, {})
         return tree
 
+    def summary(self) -> bytes:
+        """What reads see of it: two trees with the same are the same for whoever opens them."""
+        hashed = hashlib.blake2b()
+        _summarize(self.root, hashed, {})
+        return hashed.digest()
+
     def write_to(self, path: Path) -> None:
         """Put all of it into an empty directory of a real file system."""
         _write_out(self.root, path, {})
@@ -292,6 +299,24 @@ def _read_in(path: Path, files: dict[int, File]) -> Directory:
             files[inode] = File(child.stat().st_size, sectors, child.stat().st_size, dict(sectors))
             entries[child.name] = files[inode]
     return Directory(entries, dict(entries))
+
+
+def _summarize(directory: Directory, hashed: hashlib.blake2b, files: dict[int, int]) -> None:
+    for name, node in sorted(directory.entries.items()):
+        hashed.update(f"{len(name)} {name} ".encode())
+        if isinstance(node, Directory):
+            hashed.update(b"(")
+            _summarize(node, hashed, files)
+            hashed.update(b")")
+        elif id(node) in files:  # another name of the same file
+            hashed.update(f"= {files[id(node)]} ".encode())
+        else:
+            files[id(node)] = len(files)
+            hashed.update(f"{node.size} ".encode())
+            for number, content in sorted(node.cached.items()):
+                if content != ZEROS:
+                    hashed.update(f"{number} ".encode() + content)
+            hashed.update(b".")
 
 
 def _write_out(directory: Directory, path: Path, written: dict[int, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import threading
@@ -19,7 +20,8 @@ from nbdclone.errors import InUse, StorageError, UsageError
 from nbdclone.store.catalog import CloneInfo
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
-from nbdclone.store.delta_file import NO_PARENT, read_header
+from nbdclone.store.delta_file import MAP_SLOTS, NO_PARENT, read_header
+from nbdclone.store.delta_map import DeltaMap
 from nbdclone.store.layer import BLOCK_SIZE
 from nbdclone.store.live import LiveMap
 from nbdclone.store.pool import Pool
@@ -278,6 +280,78 @@ def test_it_is_noticed_if_marks_bring_dropped_blocks_back(web1: Pool, monkeypatc
     mutate(monkeypatch, Delta, "give_up", "            self._live.clear()\n", "")
     mutate(monkeypatch, LiveMap, "covered", "with self._lock,", "return\n        with self._lock,")
     assert killed_after_a_compact(web1) != before
+
+
+@pytest.mark.parametrize("slot", MAP_SLOTS, ids=["the first slot", "the second slot"])
+def test_a_page_of_the_map_that_rots_after_a_compact_brings_nothing_back(web1: Pool, slot: int) -> None:
+    before = read(web1, "web1")
+    write_again(web1, "web1")
+    with web1.open_clone("web1") as disk:
+        assert disk.drop([(0, disk.size & ~4095)]) > 0
+        assert disk.punch_dropped(0)
+        path = disk.delta.path
+        copy = path.with_name("copy")
+        copy.write_bytes(path.read_bytes())  # as a power cut right now would leave it, at the worst
+    os.replace(copy, path)
+    with path.open("r+b") as file:
+        file.seek(slot)
+        file.write(b"rotten")
+    assert read(web1, "web1") == before
+
+
+def test_it_is_noticed_if_only_one_slot_of_the_map_was_written(web1: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate(monkeypatch, Clone, "drop", "                delta.settle_all()\n", "")
+    mutate(monkeypatch, Delta, "settled", "return not", "return True or not")
+    before = read(web1, "web1")
+    write_again(web1, "web1")
+    disk = web1.open_clone("web1")
+    assert disk.drop([(0, disk.size & ~4095)]) > 0
+    assert disk.punch_dropped(0)
+    content = disk.delta.path.read_bytes()
+    disk.close()
+    wrong = 0
+    for slot in MAP_SLOTS:
+        web1.places.delta("web1").write_bytes(content[:slot] + b"rotten" + content[slot + 6 :])
+        wrong += read(web1, "web1") != before
+    assert wrong == 1
+
+
+def fail_to_drop(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> tuple[bytes, bytes]:
+    """The disk is full when the map is written that lost bits; a block is written, and the process is killed."""
+    write = DeltaMap.write
+
+    def full(self: DeltaMap, noted: Any) -> None:
+        write(self, noted)
+        if noted:
+            raise OSError(errno.ENOSPC, "no space left")
+
+    disk = pool.open_clone("web1")
+    same = disk.pread(64 * BLOCK_SIZE, 0)
+    for offset in range(0, len(same), BLOCK_SIZE):
+        disk.pwrite(same[offset : offset + BLOCK_SIZE], offset)
+    disk.flush()
+    disk.delta.settle_all()
+    with monkeypatch.context() as patch:
+        patch.setattr(DeltaMap, "write", full)
+        with pytest.raises(OSError, match="no space left"):
+            disk.drop([(0, len(same))])
+    disk.pwrite(b"acknowledged", 0)
+    disk.delta._live.close()
+    os.close(disk.delta.fd)
+    for layer in disk.layers[:-1]:
+        layer.close()
+    return read(pool, "web1")[:12], b"acknowledged"
+
+
+def test_a_drop_that_fails_is_taken_back(web1: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, expected = fail_to_drop(web1, monkeypatch)
+    assert found == expected
+
+
+def test_it_is_noticed_if_a_drop_that_fails_is_not_taken_back(web1: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate(monkeypatch, Delta, "give_up", "self._take_back(noted)", "pass")
+    found, expected = fail_to_drop(web1, monkeypatch)
+    assert found != expected
 
 
 def test_space_is_not_given_back_while_somebody_reads_it(web1: Pool) -> None:

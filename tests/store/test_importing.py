@@ -292,6 +292,19 @@ def test_a_truncated_image_says_how_much_is_missing_and_can_be_forced(
     assert empty_pool.import_base(image, "forced", force=True).size == DISK
 
 
+def test_a_truncated_image_is_noticed_also_if_it_was_copied_with_holes(
+    empty_pool: Pool, converted: Callable[[str], Path]
+) -> None:
+    image = converted("qcow2")
+    length = image.stat().st_size
+    copied = image.with_name("copied")
+    subprocess.run(["cp", "--sparse=always", image, copied], check=True)
+    os.truncate(copied, length - 40_000)
+    refuse(
+        empty_pool, copied, rf"truncated: it has {length - 40_000} bytes, and its data reaches to {length} \(--force"
+    )
+
+
 def test_a_truncated_image_below_another_is_noticed(
     empty_pool: Pool, converted: Callable[[str], Path], qemu_img: Callable[..., None], tmp_path: Path, disk: bytes
 ) -> None:

@@ -298,7 +298,7 @@ def test_a_clone_of_a_base_that_went_meanwhile_is_not_made(pool: Pool) -> None:
             if path.name == "web1":
                 shutil.rmtree(pool.path / "bases" / "base")
 
-    with pytest.raises(UsageError, match="base 'base' was removed just now"):
+    with pytest.raises(UsageError, match="'base' was removed just now"):
         Pool.open(pool.path, fs=Elsewhere()).create_clones("base", ["web1"])
     assert pool.names() == []
 

@@ -123,7 +123,7 @@ MUTATIONS = {
         DeltaMap, "write", "MAP_SLOTS[1 - state.slot]", "MAP_SLOTS[0]"
     ),
     "the newest page is written over": Mutation(DeltaMap, "written", "state.slot = 1 - state.slot", "pass"),
-    "the older page is believed": Mutation(DeltaMap, "_read", "max(valid)", "min(valid)"),
+    "the older page is believed": Mutation(DeltaMap, "read", "max(valid)", "min(valid)"),
     "a new delta takes its file for synced": Mutation(
         Delta, "__init__", "self._unsynced = True", "self._unsynced = False"
     ),
@@ -221,9 +221,6 @@ DROPS = {
         "                        at += (at // SEGMENT_SIZE + 1) * delta.stride\n"
         "                        self._fs.punch(delta.fd, at, count)\n" + GIVEN_UP,
     ),
-    "the space is given back when one slot of the map is durable": Mutation(
-        Clone, "punch_dropped", "if not delta.settled(segment):", "if False:"
-    ),
     "the map that lost bits is not synced": Mutation(
         Delta,
         "give_up",
@@ -233,8 +230,6 @@ DROPS = {
     "it is not settled before": Mutation(
         Delta, "give_up", "            self._settle()\n            if", "            if False and"
     ),
-    "what failed is not taken back": Mutation(Delta, "give_up", "self._take_back(noted)", "pass"),
-    "the marks are left": Mutation(Delta, "give_up", "self._live.clear()", "pass"),
 }
 
 
