@@ -31,6 +31,7 @@ from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import NO_PARENT, Header, change_header
 from nbdclone.store.difference import NO_BLOCKS, blocks_in, both, owned_by, runs_of, without
 from nbdclone.store.layer import BITMAP_SIZE, BLOCK_SIZE, BLOCKS_PER_SEGMENT, Layer
+from nbdclone.store.layer_manifest import WRITER, forget_manifest
 from nbdclone.store.opening import open_beneath
 from nbdclone.store.places import Places
 from nbdclone.store.snapshots import origin_of
@@ -44,8 +45,6 @@ RUNS_AT_ONCE = 128
 DROPPED_AT_ONCE = 4 << 20
 # How long it is waited until a change ends that is under way, before it is tried again to exchange what lies beneath.
 RETRY_S = 0.005
-# The file that tells others, for as long as it is locked, that a layer is being changed in place.
-WRITER = "writer"
 # A move in a file: magic, CRC-32 of the rest; the length of a head in JSON, the head, and for each segment its number
 # (8 bytes) and its bitmap.
 _MAGIC = b"NBDMOVE1"
@@ -397,6 +396,7 @@ def growing(places: Places, layer_id: bytes) -> Iterator[Clone]:
     lock = fs.open(path.with_name(WRITER), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fs.lock(lock, path.with_name(WRITER), what)
+        forget_manifest(places, layer_id)  # what it has hashed to, until a deep check hashes it anew
         delta = Delta.open_shared(path, what, fs)
         try:
             layers = open_beneath(places, what, delta.header)
