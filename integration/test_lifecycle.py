@@ -1,7 +1,7 @@
 """Each verb of a clone's life, by the command line, while fio writes to that clone and verifies what it wrote.
 
-Another fio does so with a sibling in the other worker. There is to be no error of either, what is compared afterwards is
-the content of whatever the verb made, and the latency of the requests beside each verb is told (`pytest -rP`) and
+Another fio does so with a sibling in the other worker. There is to be no error of either; what is compared afterwards
+is the content of whatever the verb made, and the latency of the requests beside each verb is told (`pytest -rP`) and
 written as lines of JSON to the file that $LIFECYCLE_JSON names.
 """
 
