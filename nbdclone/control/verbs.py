@@ -173,8 +173,8 @@ VERBS: dict[str, Verb] = {
         Verb("du", "process", "nbdclone.control.space:measure"),
         Verb("hoist", "process", "nbdclone.store.hoisting:hoist"),
         Verb("rebase", "process", "nbdclone.store.rebasing:rebase"),
-        Verb("move_clone", "worker", "nbdclone.store.moving:move_clone"),
-        Verb("renew_clone", "worker", "nbdclone.store.moving:renew_clone"),
+        Verb("move-clone", "worker", "nbdclone.store.moving:move_clone"),
+        Verb("renew-clone", "worker", "nbdclone.store.moving:renew_clone"),
     ]
 }  # fmt: skip
 

@@ -117,7 +117,7 @@ def hoist(target: Target, base: str, min_clones: int | None = None, dry_run: boo
         )
         move.save(staging / "move")
         path = str((staging / "move").relative_to(places.tmp))
-        works = [target.run("move_clone", {"name": each.name, "move": path}) for each in moving]
+        works = [target.run("move-clone", {"name": each.name, "move": path}) for each in moving]
         yield from part(together(works), 2, 3)
         allocated = places.layer(layer.header.id).stat().st_blocks * 512
         after = sum(places.delta(each.name).stat().st_blocks * 512 for each in candidates)

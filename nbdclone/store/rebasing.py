@@ -193,7 +193,7 @@ def _move_one(
 ) -> Generator[tuple[int, int], None, list[dict[str, Any]]]:
     if moved.layer is None:
         (name,) = moved.clones
-        report = yield from target.run("move_clone", {"name": name, "move": path, "dry_run": dry_run})
+        report = yield from target.run("move-clone", {"name": name, "move": path, "dry_run": dry_run})
         return [report]
     places = target.pool.places
     layer = places.layer(moved.layer)
@@ -218,7 +218,7 @@ def _renew_all(target: Target, moved: _Moved, source: bytes | None, new: Image) 
             renew_above(places, places.layer(layer), source, new.record.id, new.record.fingerprint)
     ids = {"successor": new.record.id.hex(), "fingerprint": new.record.fingerprint.hex()}
     for name in moved.clones:
-        yield from target.run("renew_clone", {"name": name, "source": source.hex() if source else None, **ids})
+        yield from target.run("renew-clone", {"name": name, "source": source.hex() if source else None, **ids})
 
 
 # Keeping the changes

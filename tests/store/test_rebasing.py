@@ -443,7 +443,7 @@ def test_what_was_cut_off_after_its_layer_was_moved_is_done_by_the_next(bases: P
 
     class Broken(LocalTarget):
         def run(self, verb: str, arguments: Any) -> Any:
-            if verb == "renew_clone":
+            if verb == "renew-clone":
                 raise KeyboardInterrupt
             return super().run(verb, arguments)
 
