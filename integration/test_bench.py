@@ -18,7 +18,7 @@ from integration.bench.drivers import DriverFailed, Load, parse_fio, parse_qemu_
 from integration.bench.floors import RawServer
 from integration.bench.peer import PeerFailed
 from integration.bench.peers import all_peers
-from integration.bench.processes import PeakMemory, cpu_seconds, has_not_ended, memory_mb, process_tree
+from integration.bench.processes import PeakMemory, cpu_seconds, has_not_ended, memory_mb, process_count, process_tree
 from integration.bench.workloads import QUICK, WORKLOADS
 from integration.packages import program, require
 from integration.served import REPOSITORY
@@ -178,6 +178,8 @@ def forking() -> Iterator[subprocess.Popen[bytes]]:
 def test_cpu_time_and_memory_count_the_children_too(forking: subprocess.Popen[bytes]) -> None:
     while cpu_seconds(forking.pid) < 0.1 or memory_mb(forking.pid, "VmRSS") < 2 * 50:
         assert forking.poll() is None
+    assert process_count(forking.pid) == 2
+    assert 50 < memory_mb(forking.pid, "Pss") < 100  # which they share
 
 
 def test_peak_memory_remembers_a_child_that_has_ended() -> None:

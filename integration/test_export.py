@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from typing import Any
 import pytest
 
 from integration.packages import program, require
-from integration.served import COMMAND, ENVIRONMENT, children, is_running, nbdclone, served, sha256_of_file
+from integration.served import COMMAND, ENVIRONMENT, REPOSITORY, children, is_running, nbdclone, served, sha256_of_file
 from nbdclone import cli
 from nbdclone.store.layer import BLOCK_SIZE
 from nbdclone.store.pool import Pool
@@ -528,3 +529,23 @@ def test_where_extents_can_be_shared_a_raw_export_takes_no_space(tmp_path: Path,
         assert (disk / "web.raw").read_bytes() == content
     finally:
         run("umount", disk)
+
+
+def test_the_commands_of_the_page_do_what_it_says(tmp_path: Path) -> None:
+    require("qemu-utils")
+    [commands] = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "docs" / "images.md").read_text(), re.DOTALL)
+    (tmp_path / "debian.raw").write_bytes(random.Random(1).randbytes(MIB))
+    (tmp_path / "libvirt.img").write_bytes(random.Random(2).randbytes(MIB))
+    qemu_io(create(tmp_path / "overlay.qcow2", tmp_path / "libvirt.img"), "write -P 1 0 64k")
+    shim = tmp_path / "bin" / "nbdclone"
+    shim.parent.mkdir()
+    shim.write_text(f'#!/bin/sh\nexec {" ".join(COMMAND)} "$@"\n')
+    shim.chmod(0o755)
+    environment = {
+        **ENVIRONMENT,
+        "PATH": f"{shim.parent}:{os.environ['PATH']}",
+        "NBDCLONE_POOL": str(tmp_path / "pool"),
+    }
+    subprocess.run(["sh", "-e", "-c", commands], env=environment, cwd=tmp_path, check=True, timeout=60)
+    assert Pool.open(tmp_path / "pool").names() == ["debian", "libvirt", "vm7", "web1", "web2"]
+    compare(tmp_path / "web1.raw", tmp_path / "web1.qcow2", of=("raw", "qcow2"))

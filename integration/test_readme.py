@@ -122,7 +122,7 @@ def test_the_kernel_attaches_and_mounts_a_clone(host: Host, tmp_path: Path) -> N
 
 
 def test_a_virtual_machine_boots_from_a_clone(host: Host) -> None:
-    _, boot = blocks("host")
+    _, boot, _ = blocks("host")
     done = subprocess.run(
         ["bash", "-c", boot],
         check=False,
@@ -133,6 +133,16 @@ def test_a_virtual_machine_boots_from_a_clone(host: Host) -> None:
         timeout=120,
     )
     assert done.returncode == BOOTED_STATUS, done.stderr
+
+
+def test_a_snapshot_is_taken_and_others_start_from_it(host: Host) -> None:
+    environment = {**host.environment, "NBDCLONE_POOL": str(host.home / "pool")}
+    script = f"set -e\n{blocks('host')[2]}"
+    done = subprocess.run(
+        ["bash", "-c", script], env=environment, check=True, capture_output=True, text=True, timeout=60
+    )
+    assert re.search(r"web1@installed .*\n.*web1 ", done.stdout)
+    assert "clone 'web4' is as 'web1@installed'" in done.stdout
 
 
 def test_a_clone_that_is_not_wanted_any_more_is_removed(host: Host) -> None:

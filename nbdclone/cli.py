@@ -7,10 +7,8 @@ be understood exits 2. What takes time to import is imported where it is used, s
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -19,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nbdclone import __version__
-from nbdclone.commands import images, life, listing  # noqa: F401 - their verbs are registered
-from nbdclone.commands.common import Json, State, app, parse_size, show_size, show_time
+from nbdclone.commands import bases, blocks, chains, images, life, listing, stream  # noqa: F401 - they have verbs
+from nbdclone.commands.common import Json, State, app, parse_size, raise_file_limit, show_size, show_time
 from nbdclone.commands.common import open_pool as _pool
 from nbdclone.commands.common import print_json as _print_json
 from nbdclone.commands.common import progress_bar as _progress
@@ -31,9 +29,6 @@ if TYPE_CHECKING:
     from nbdclone.server.tls import ServerTLS
     from nbdclone.store.pool import Pool
 
-# Two descriptors for each clone that is open, or about to be removed, and one for each connection; the usual soft limit
-# is 1,024.
-WANTED_FILES = 65536
 # A moment that is longer keeps a processor from others for more than a disk takes.
 MAX_BUSY_POLL_US = 1000
 
@@ -266,7 +261,7 @@ def serve(
         raise typer.BadParameter(str(error), param_hint="--listen") from None
     secured = _server_tls(tls, tls_certificates, tls_psk, tls_verify_peer)
     count, memory = divide_memory(max_memory, workers)
-    _raise_file_limit()
+    raise_file_limit()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         pool = _pool(create=True)
@@ -348,14 +343,6 @@ def demo(
     from nbdclone.demo import run
 
     run(directory)
-
-
-def _raise_file_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
-    if soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def main() -> None:

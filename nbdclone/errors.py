@@ -6,7 +6,8 @@
     │   ├── NotFound
     │   ├── NameTaken
     │   ├── InUse                  dependants, a lock, another server: the message names who
-    │   └── InvalidImage           an image that cannot become a base
+    │   ├── InvalidImage           an image that cannot become a base
+    │   └── InvalidStream          a stream of 'send' that is cut off, changed, or none
     ├── StorageError               files, disks: what is stored is not what it should be, or cannot be reached
     │   ├── CorruptDelta
     │   ├── UnsupportedFormat      made by a newer nbdclone
@@ -52,6 +53,10 @@ class InUse(UsageError):
 
 class InvalidImage(UsageError):
     """An image that cannot become a base: empty, truncated, unreadable, of an unknown format."""
+
+
+class InvalidStream(UsageError):
+    """A stream of 'send' that is cut off, changed or makes no sense; or no stream at all."""
 
 
 class StorageError(NBDCloneError):

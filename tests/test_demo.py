@@ -30,7 +30,8 @@ def test_the_demo_ends_well_within_a_minute_and_leaves_its_pool(tmp_path: Path) 
         assert f"{clone}     I am {clone}." in done.stdout
     assert "golden   I am nobody yet." in done.stdout
     pool = Pool.open(tmp_path / "demo" / "pool")
-    assert pool.names() == ["golden", "web1", "web2", "web3"]
+    assert "all of web1 zeroed, and back" in done.stdout
+    assert pool.names() == ["golden", "web1", "web1@good", "web2", "web3"]
     for clone in ("web1", "web2", "web3"):
         with pool.open_clone(clone) as disk:
             assert f"I am {clone}.".encode() in disk.pread(disk.size, 0)

@@ -15,6 +15,7 @@ import pytest
 from blake3 import blake3
 
 from nbdclone import Pool
+from nbdclone.store.check import check_pool
 
 BLOCK = 4096
 CHUNK = 4 << 20
@@ -26,7 +27,7 @@ MAPS = (65536, 589824)
 RECORDS = (131072, 655360)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-HEADER = struct.Struct(">8sIIQQQ16s16s32sQQH255sQ")
+HEADER = struct.Struct(">8sIIQQQ16s16s32sQQH255sQ16sQ")
 MAP = struct.Struct(">4sIQQ8s4064s")
 RECORD = struct.Struct(">4sI8sQ")
 ENTRY = struct.Struct(">Q16s")
@@ -55,8 +56,11 @@ class Header:
             length,
             name,
             self.quota,
+            self.origin,
+            overlap,
         ) = HEADER.unpack_from(page)
         self.parent_name = name[:length].decode(errors="replace")  # a hint
+        self.overlap = overlap if self.must_know & 2 else None
 
     @classmethod
     def of(cls, page: bytes) -> "Header | None":
@@ -65,73 +69,40 @@ class Header:
         return cls(page)
 
 
-class Reader:
-    """The disk of one clone, from nothing but the files of its pool."""
+class Delta:
+    """One delta: of a clone, or a layer, of which there are no records."""
 
-    def __init__(self, pool: Path, name: str) -> None:
-        if not NAME.fullmatch(name):
-            raise Refused(f"{name!r} is no name")
-        self._open: list[int] = []
+    def __init__(self, path: Path, *, sealed: bool) -> None:
+        self._sealed = sealed
         self._bitmaps: dict[int, bytes] = {}
-        self.hashed = False  # whether the image had to be hashed
         try:
-            self._delta = self._file(pool / "clones" / name / "delta")
+            self.fd = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise Refused(f"{path} is missing") from None
+        try:
             self.header = self._header()
             self.size = self.header.size
-            if os.fstat(self._delta).st_size < file_size(self.size):
+            if os.fstat(self.fd).st_size < file_size(self.size):
                 raise Refused("the delta is cut short")
-            base = self._base_folder(pool)
-            self._image = self._file(base / "image")
-            self._check_base(base)
         except BaseException:
-            self.close()
+            os.close(self.fd)
             raise
 
-    def __enter__(self) -> "Reader":
-        return self
+    def has(self, block: int) -> bool:
+        segment, within = divmod(block, SPAN // BLOCK)
+        return block * BLOCK < self.size and is_set(self._bitmap(segment), within)
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        while self._open:
-            os.close(self._open.pop())
-
-    def read(self, length: int, offset: int) -> bytes:
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise ValueError("outside of the disk")
-        pieces = []
-        end = offset + length
-        while offset < end:
-            segment, within = divmod(offset, SPAN)
-            bitmap = self._bitmap(segment)
-            block = within // BLOCK
-            own = is_set(bitmap, block)
-            limit = min(end, (segment + 1) * SPAN)
-            stop = offset - offset % BLOCK + BLOCK
-            while stop < limit and is_set(bitmap, block + 1) == own:
-                block += 1
-                stop += BLOCK
-            stop = min(stop, limit)
-            if own:
-                pieces.append(exactly(self._delta, stop - offset, offset + (segment + 1) * METADATA))
-            else:
-                pieces.append(os.pread(self._image, stop - offset, offset).ljust(stop - offset, b"\0"))
-            offset = stop
-        return b"".join(pieces)
-
-    def _file(self, path: Path) -> int:
-        fd = os.open(path, os.O_RDONLY)
-        self._open.append(fd)
-        return fd
+    def hides(self, block: int) -> bool:
+        """Is nothing of what is beneath seen there?"""
+        return self.header.overlap is not None and block >= self.header.overlap // BLOCK
 
     def _header(self) -> Header:
-        slots = [Header.of(os.pread(self._delta, BLOCK, at)) for at in HEADERS]
+        slots = [Header.of(os.pread(self.fd, BLOCK, at)) for at in HEADERS]
         valid = [slot for slot in slots if slot is not None]
         if not valid:
             raise Refused("no slot of the header is valid")
         header = max(valid, key=lambda slot: slot.sequence)
-        if header.version != 1 or header.must_know & ~1:
+        if header.version != 1 or header.must_know & ~3:
             raise Refused("a format that this reader does not know")
         if header.block_size != BLOCK:
             raise Refused(f"blocks of {header.block_size} bytes")
@@ -139,7 +110,7 @@ class Reader:
 
     def _bitmap(self, segment: int) -> bytes:
         if segment not in self._bitmaps:
-            recorded = self.recorded()  # before the map: a writer may be at work
+            recorded = [] if self._sealed else self.recorded()  # before the map: a writer may be at work
             bitmap = bytearray(self._read_bitmap(segment))
             for block in recorded:
                 if block // (SPAN // BLOCK) == segment:
@@ -152,7 +123,7 @@ class Reader:
         """The blocks that the records tell of, and that are as they say."""
         blocks = []
         for at in RECORDS if self.header.must_know & 1 else ():
-            page = exactly(self._delta, BLOCK, at)
+            page = exactly(self.fd, BLOCK, at)
             magic, checksum, delta_id, count = RECORD.unpack_from(page)
             if (
                 magic != b"NREC"
@@ -165,12 +136,12 @@ class Reader:
                 block, content = ENTRY.unpack_from(page, RECORD.size + index * ENTRY.size)
                 if block * BLOCK < self.size:
                     place = block * BLOCK + (block * BLOCK // SPAN + 1) * METADATA
-                    if blake3(exactly(self._delta, BLOCK, place)).digest()[:16] == content:
+                    if blake3(exactly(self.fd, BLOCK, place)).digest()[:16] == content:
                         blocks.append(block)
         return blocks
 
     def _read_bitmap(self, segment: int) -> bytes:
-        pages = [exactly(self._delta, BLOCK, segment * SEGMENT + at) for at in MAPS]
+        pages = [exactly(self.fd, BLOCK, segment * SEGMENT + at) for at in MAPS]
         valid = []
         for page in pages:
             magic, checksum, number, sequence, delta_id, bitmap = MAP.unpack(page)
@@ -187,22 +158,129 @@ class Reader:
             return bytes(SPAN // BLOCK // 8)
         raise Refused(f"the map of segment {segment} is lost")
 
-    def _base_folder(self, pool: Path) -> Path:
-        for path in sorted((pool / "bases").glob("*/base.json")):
-            with suppress(ValueError, KeyError):  # another base may be broken
-                if bytes.fromhex(json.loads(path.read_text())["id"]) == self.header.parent:
-                    return path.parent
-        raise Refused(f"no base with the id of {self.header.parent_name}")
 
-    def _check_base(self, folder: Path) -> None:
+class Reader:
+    """The disk of one clone or snapshot, from nothing but the files of its pool."""
+
+    def __init__(self, pool: Path, name: str) -> None:
+        clone, at, snapshot = name.partition("@")
+        if not NAME.fullmatch(clone) or (at and not NAME.fullmatch(snapshot)):
+            raise Refused(f"{name!r} is no name")
+        self._deltas: list[Delta] = []  # from the top downwards
+        self._image: int | None = None
+        self.hashed = False  # whether the image had to be hashed
+        try:
+            top = self._add(pool / "clones" / clone / "delta", sealed=False)
+            if at:
+                top = self._snapshot(pool, clone, snapshot, top.header.id)
+            self.header = top.header
+            self.size = self.header.size
+            self._go_down(pool)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        while self._deltas:
+            os.close(self._deltas.pop().fd)
+        if self._image is not None:
+            os.close(self._image)
+            self._image = None
+
+    def read(self, length: int, offset: int) -> bytes:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise ValueError("outside of the disk")
+        pieces = []
+        end = offset + length
+        while offset < end:
+            segment = offset // SPAN
+            block = offset // BLOCK
+            origin = self._origin(block)
+            limit = min(end, (segment + 1) * SPAN)
+            stop = offset - offset % BLOCK + BLOCK
+            while stop < limit and self._origin(block + 1) is origin:
+                block += 1
+                stop += BLOCK
+            stop = min(stop, limit)
+            if origin is not None:
+                pieces.append(exactly(origin.fd, stop - offset, offset + (segment + 1) * METADATA))
+            else:
+                pieces.append(self._beneath(stop - offset, offset))
+            offset = stop
+        return b"".join(pieces)
+
+    def recorded(self) -> list[int]:
+        return self._deltas[0].recorded()
+
+    def _origin(self, block: int) -> Delta | None:
+        """The delta that has the block; None: the base has it, or nothing."""
+        for delta in self._deltas:
+            if delta.has(block):
+                return delta
+            if delta.hides(block):
+                return None
+        return None
+
+    def _beneath(self, length: int, offset: int) -> bytes:
+        """What the base has there; zeros where it has ended, is not seen, or is not there at all."""
+        seen = [delta.header.overlap // BLOCK * BLOCK for delta in self._deltas if delta.header.overlap is not None]
+        data = b""
+        if self._image is not None:
+            data = os.pread(self._image, max(0, min([length, *(end - offset for end in seen)])), offset)
+        return data.ljust(length, b"\0")
+
+    def _add(self, path: Path, *, sealed: bool) -> Delta:
+        delta = Delta(path, sealed=sealed)
+        self._deltas.append(delta)
+        return delta
+
+    def _snapshot(self, pool: Path, clone: str, name: str, own_id: bytes) -> Delta:
+        """Put the layer of a snapshot in the place of the clone's delta."""
+        os.close(self._deltas.pop().fd)
+        try:
+            about = json.loads((pool / "clones" / clone / "snapshots" / name).read_text())
+        except FileNotFoundError:
+            raise Refused(f"there is no snapshot {name}") from None
+        if about["layer"] == own_id.hex():
+            raise Refused("it was cut off before it was one")
+        return self._layer(pool, bytes.fromhex(about["layer"]))
+
+    def _layer(self, pool: Path, layer_id: bytes) -> Delta:
+        delta = self._add(pool / "layers" / layer_id.hex() / "delta", sealed=True)
+        if delta.header.id != layer_id:
+            raise Refused("another delta stands there")
+        return delta
+
+    def _go_down(self, pool: Path) -> None:
+        header = self.header
+        seen = {header.id}
+        while header.parent != bytes(16):
+            if header.parent in seen or len(seen) > 254:
+                raise Refused("the chain has no end")
+            seen.add(header.parent)
+            if not (pool / "layers" / header.parent.hex() / "delta").exists():
+                base = base_folder(pool, header)
+                self._image = os.open(base / "image", os.O_RDONLY)
+                self._check_base(base, header)
+                return
+            header = self._layer(pool, header.parent).header
+
+    def _check_base(self, folder: Path, header: Header) -> None:
+        assert self._image is not None
         about = json.loads((folder / "base.json").read_text())
         if about["format"] != 1:
             raise Refused("a base of another format")
-        if bytes.fromhex(about["fingerprint"]) != self.header.fingerprint:
+        if bytes.fromhex(about["fingerprint"]) != header.fingerprint:
             raise Refused("the base is another one")
         size = about["size"]
         manifest = (folder / "manifest").read_bytes()
-        if fingerprint(size, manifest) != self.header.fingerprint:
+        if fingerprint(size, manifest) != header.fingerprint:
             raise Refused("the manifest is not that of the fingerprint")
         now = os.fstat(self._image)
         if about["identity"] != {
@@ -214,6 +292,14 @@ class Reader:
             self.hashed = True
             if now.st_size != size or hashes_of(self._image, size) != manifest:
                 raise Refused("the image has changed")
+
+
+def base_folder(pool: Path, header: Header) -> Path:
+    for path in sorted((pool / "bases").glob("*/base.json")):
+        with suppress(ValueError, KeyError):  # another base may be broken
+            if bytes.fromhex(json.loads(path.read_text())["id"]) == header.parent:
+                return path.parent
+    raise Refused(f"no base with the id of {header.parent_name}")
 
 
 def is_set(bitmap: bytes, block: int) -> bool:
@@ -578,6 +664,163 @@ def test_clones_of_one_base_do_not_see_each_other(store: Path, base: Disk, rng: 
         disk.write(data, 250_000)
     for name, disk in disks.items():
         both_read(store, disk, name)
+
+
+# Layers
+
+
+def write_some(clone: object, disk: Disk, rng: random.Random, count: int = 6) -> None:
+    for turn in range(count):
+        offset, length = at_random(rng, disk.size)
+        if turn % 3 == 2:
+            clone.zero(offset, length)  # type: ignore[attr-defined]
+            disk.zero(offset, length)
+        else:
+            data = rng.randbytes(length)
+            clone.pwrite(data, offset)  # type: ignore[attr-defined]
+            disk.write(data, offset)
+
+
+@pytest.fixture
+def chain(store: Path, base: Disk, rng: random.Random) -> dict[str, Disk]:
+    """A clone with four snapshots, a clone of the second, and one of the last that is larger: what each should be."""
+    disk = base.grown(BASE_SIZE)
+    pool = make_clone(store)
+    disks: dict[str, Disk] = {}
+    for turn in range(4):
+        with pool.open_clone("clone") as clone:
+            write_some(clone, disk, rng)
+        pool.snapshot(f"clone@{turn}")
+        disks[f"clone@{turn}"] = disk.grown(disk.size)
+    pool.create_clones("clone@1", ["other"])
+    disks["other"] = disks["clone@1"].grown(disk.size)
+    pool.create_clones("clone@3", ["larger"], size=BASE_SIZE + (1 << 20))
+    disks["larger"] = disk.grown(BASE_SIZE + (1 << 20))
+    disks["clone"] = disk
+    for name in ("clone", "other", "larger"):
+        with pool.open_clone(name) as clone:
+            write_some(clone, disks[name], rng)
+    return disks
+
+
+def test_clones_and_snapshots_are_read_through_their_layers(store: Path, chain: dict[str, Disk]) -> None:
+    for name, disk in chain.items():
+        both_read(store, disk, name)
+
+
+def test_after_a_rollback_and_a_reset_there_is_what_was(store: Path, base: Disk, chain: dict[str, Disk]) -> None:
+    pool = Pool.open(str(store))
+    pool.rollback("clone@0")
+    both_read(store, chain["clone@0"])
+    pool.reset("other")
+    both_read(store, chain["clone@1"], "other")
+    pool.reset("clone")
+    both_read(store, base.grown(BASE_SIZE))
+    with Reader(store, "clone") as reader, Reader(store, "other") as other:
+        assert reader.header.origin == reader.header.parent
+        assert other.header.parent_name == "clone@1"
+
+
+def test_a_chain_without_one_of_its_layers_is_refused(store: Path, chain: dict[str, Disk]) -> None:
+    about = json.loads((store / "clones" / "clone" / "snapshots" / "1").read_text())
+    shutil.rmtree(store / "layers" / about["layer"])
+    for name in ("clone", "other", "larger", "clone@3", "clone@1"):
+        both_refuse(store, name=name)
+    both_read(store, chain["clone@0"], "clone@0")
+
+
+def test_another_delta_in_the_place_of_a_layer_is_refused(store: Path, chain: dict[str, Disk]) -> None:
+    about = json.loads((store / "clones" / "clone" / "snapshots" / "1").read_text())
+    layer = store / "layers" / about["layer"] / "delta"
+    layer.unlink()
+    shutil.copy(delta_of(store, "larger"), layer)
+    for name in ("clone", "other", "clone@1", "clone@2"):
+        both_refuse(store, name=name)
+
+
+def test_a_snapshot_of_the_clones_own_delta_was_cut_off(store: Path, base: Disk) -> None:
+    make_clone(store)
+    with Reader(store, "clone") as reader:
+        own = reader.header.id.hex()
+    (store / "clones" / "clone" / "snapshots").mkdir()
+    (store / "clones" / "clone" / "snapshots" / "cut").write_text(json.dumps({"layer": own, "created": 1}))
+    (store / "layers" / own).mkdir(parents=True)
+    os.link(delta_of(store), store / "layers" / own / "delta")
+    with pytest.raises(Refused, match="cut off"):
+        Reader(store, "clone@cut")
+    assert "clone@cut" not in Pool.open(str(store)).names()
+    both_read(store, base)
+
+
+def test_of_a_delta_without_a_parent_the_rest_is_zeros(store: Path, written: Disk) -> None:
+    """What a clone that was cut free of its base has: its own blocks."""
+    own = Disk(written.size)
+    with Pool.open(str(store)).open_clone("clone") as clone:
+        offset = 0
+        for extent in clone.extents(0, clone.size):
+            if extent.depth == 1:
+                own.write(written.read(extent.length, offset), offset)
+            offset += extent.length
+    edit_headers(delta_of(store), 56, bytes(16))
+    both_read(store, own)
+
+
+@pytest.mark.parametrize("overlap", [0, BLOCK, 3 << 20, BASE_SIZE // BLOCK * BLOCK, 2 * SPAN])
+def test_nothing_of_the_parent_is_seen_behind_the_overlap(
+    store: Path, base: Disk, rng: random.Random, overlap: int
+) -> None:
+    disk = base.grown(BASE_SIZE)
+    pool = make_clone(store)
+    pool.snapshot("clone@empty")
+    edit_headers(delta_of(store), 16, (3).to_bytes(8, "big"))
+    edit_headers(delta_of(store), 401, overlap.to_bytes(8, "big"))
+    if overlap < BASE_SIZE:
+        disk.zero(overlap, BASE_SIZE - overlap)
+    both_read(store, disk)
+    with pool.open_clone("clone") as clone:
+        write_some(clone, disk, rng)
+    both_read(store, disk)
+    pool.snapshot("clone@cut")  # it holds for what is beneath the layer, and not for the layer
+    both_read(store, disk, "clone@cut")
+    with pool.open_clone("clone") as clone:
+        write_some(clone, disk, rng)
+    both_read(store, disk)
+    both_read(store, base.grown(BASE_SIZE), "clone@empty")
+
+
+def test_an_overlap_without_its_feature_means_nothing(store: Path, base: Disk) -> None:
+    make_clone(store)
+    edit_headers(delta_of(store), 401, BLOCK.to_bytes(8, "big"))
+    both_read(store, base)
+
+
+def test_the_manifest_of_a_layer_is_the_hashes_of_what_it_owns(store: Path, rng: random.Random) -> None:
+    size = SPAN + (1 << 20)
+    import_image(store, Disk(size))
+    pool = make_clone(store)
+    with pool.open_clone("clone") as clone:
+        for offset in (5000, 60 << 20, SPAN - 9000, SPAN - (2 << 20), size - 512):
+            clone.pwrite(rng.randbytes(7000)[: size - offset], offset)
+        clone.zero(1 << 20, 8192)
+    pool.snapshot("clone@one")
+    assert list(check_pool(store, deep=True)) == []
+    with Reader(store, "clone@one") as reader:
+        [delta] = reader._deltas
+        folder = store / "layers" / reader.header.id.hex()
+        hashes = []
+        for chunk in range(0, size, CHUNK):
+            blocks = range(chunk // BLOCK, (chunk + CHUNK) // BLOCK)
+            own = [block for block in blocks if delta.has(block)]
+            bits = sum(1 << (blocks[-1] - block) for block in own).to_bytes(128, "big")
+            places = [block * BLOCK + (block * BLOCK // SPAN + 1) * METADATA for block in own]
+            content = b"".join(get(folder / "delta", BLOCK, place) for place in places)
+            hashes.append(blake3(bits + content).digest() if own else bytes(32))
+        about = json.loads((folder / "layer.json").read_text())
+        assert bytes.fromhex(about["id"]) == reader.header.id
+    assert (folder / "manifest").read_bytes() == b"".join(hashes)
+    assert about["fingerprint"] == fingerprint(size, b"".join(hashes)).hex()
+    assert (about["format"], about["size"]) == (1, size)
+    assert sum(any(digest) for digest in hashes) == 3
 
 
 # The layout

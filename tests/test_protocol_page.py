@@ -39,6 +39,7 @@ MODULES = {
     "requests": "protocol",
     "input": "server",
     "offload": "server",
+    "output": "server",
     "connection": "server",
     "session": "server",
     "admission": "server",

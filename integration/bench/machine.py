@@ -67,8 +67,10 @@ def chill(path: Path) -> None:
 def touch_memory(size: int) -> None:
     """Use ``size`` bytes of memory once, or half of what is free, and give them back.
 
-    Memory that a virtual machine has never used is brought in by its host at the first touch, for ten times the cost of
-    a page that is there. Whoever was measured first would pay for it, in the page cache that its writes go to.
+    Memory that a virtual machine has never used, or has left free for two seconds (where its balloon reports free
+    pages), is brought in by its host at the first touch, for ten times the cost of a page that is there. Whoever comes
+    first would pay for it in the page cache that its writes go to; and large folios, which are made of what was free
+    in one piece, pay where small pages do not.
     """
     size = min(size, available_memory() // 2)
     with contextlib.closing(mmap(-1, size, flags=MAP_PRIVATE | MAP_ANONYMOUS)) as memory:

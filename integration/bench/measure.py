@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from integration.bench.drivers import DRIVERS, Load, Outcome, write_with_fio
-from integration.bench.machine import chill, warm
+from integration.bench.machine import chill, touch_memory, warm
 from integration.bench.peer import Peer, PeerFailed, Running
 from integration.bench.processes import PeakMemory, cpu_seconds
 from integration.bench.workloads import LAYERS, Workload
@@ -38,6 +38,9 @@ def take_turn(peer: Peer, workload: Workload, load: Load, directory: Path) -> Me
         warm(peer.image)
     with peer.serving(directory, workload) as server:
         bring_into_state(server, workload, load)
+        if workload.writes or workload.cold:
+            # The page cache is about to grow by so much. Memory that was free for some seconds may be the host's again.
+            touch_memory(load.size * workload.clones)
         return put_load_on(server, workload, load)
 
 

@@ -34,15 +34,23 @@ def cpu_seconds(pid: int) -> float:
 
 
 def memory_mb(pid: int, field: str) -> float:
-    """``VmRSS`` or ``VmHWM`` of a process with all its descendants, in MB. What they share counts for each."""
+    """``VmRSS`` or ``VmHWM`` of a process with all its descendants, in MB; what they share counts for each. Or ``Pss``:
+    what they share counts once.
+    """
+    file = "smaps_rollup" if field == "Pss" else "status"
 
     def kib(process: int) -> int:
-        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        for line in Path(f"/proc/{process}/{file}").read_text().splitlines():
             if line.startswith(field + ":"):
                 return int(line.split()[1])
         return 0  # it has ended, and nobody has waited for it yet
 
     return _sum_of_tree(pid, kib) * 1024 / 1e6
+
+
+def process_count(pid: int) -> int:
+    """A process and its descendants: how many."""
+    return _sum_of_tree(pid, lambda _process: 1)
 
 
 def _sum_of_tree(pid: int, value: Callable[[int], int]) -> int:

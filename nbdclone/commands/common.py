@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -26,6 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# Two descriptors for each clone that is open, or about to be removed, and one for each connection; the usual soft limit
+# is 1,024.
+WANTED_FILES = 65536
 _SIZE = re.compile(r"(\d+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -86,3 +90,12 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
 def print_json(value: Any) -> None:
     """JSON as every verb prints it."""
     print(json.dumps(value, indent=2))
+
+
+def raise_file_limit() -> None:
+    """As many files as this user may have open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
+    if soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

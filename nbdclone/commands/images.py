@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import secrets
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -75,7 +78,7 @@ def _import_as_clone(overlay: Path, name: str, with_base: bool, base_name: str |
 
 @app.command("export")
 def export(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A base or clone.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A base, clone or snapshot.")],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to make; '-' for raw on standard output.")],
     image_format: Annotated[
         str | None,
@@ -97,7 +100,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a base or clone to an image file, for other programs."""
+    """Write a base, clone or snapshot to an image file, for other programs; a clone also while it is served."""
     if relative and not link:
         raise typer.BadParameter("it goes with --link", param_hint="--relative")
     pool = open_pool()
@@ -106,9 +109,9 @@ def export(
         return
     from nbdclone.exchange.export import export_image
 
-    with progress_bar(f"exporting {name}") as progress:
+    with _at_rest(pool, name) as source, progress_bar(f"exporting {name}") as progress:
         done = export_image(
-            pool, name, file, image_format=image_format, link=link, relative=relative, force=force, progress=progress
+            pool, source, file, image_format=image_format, link=link, relative=relative, force=force, progress=progress
         )
     if as_json:
         print_json(asdict(done))
@@ -124,5 +127,22 @@ def _export_to_stdout(pool: Pool, name: str, image_format: str | None, link: boo
     if link or image_format not in (None, "raw"):
         raise typer.BadParameter("only a raw image goes to standard output", param_hint="FILE")
     fd = stdout_for_image()
-    with open_for_reading(pool, name) as clone, progress_bar(f"exporting {name}") as progress:
+    bar = progress_bar(f"exporting {name}")
+    with _at_rest(pool, name) as source, open_for_reading(pool, source) as clone, bar as progress:
         stream_raw(clone, fd, progress)
+
+
+@contextlib.contextmanager
+def _at_rest(pool: Pool, name: str) -> Iterator[str]:
+    """The name of what is to be read: itself; or, of a clone that a server has open, a snapshot taken for the while."""
+    from nbdclone.control.client import Control, run_verb
+
+    if not getattr(pool.info(name), "in_use_by", None) or Control.of(pool.path) is None:
+        yield name
+        return
+    snapshot = f"{name}@export-{secrets.token_hex(4)}"
+    run_verb(pool, "snapshot", {"name": snapshot})
+    try:
+        yield snapshot
+    finally:
+        run_verb(pool, "rm", {"names": [snapshot], "dry_run": False})

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from nbdclone.commands.common import Json, app, open_pool, parse_size, print_json, show_size
+from nbdclone.commands.blocks import merge_layers
+from nbdclone.commands.common import Json, app, open_pool, parse_size, print_json, raise_file_limit, show_size
 
 Disconnect = Annotated[bool, typer.Option("--disconnect", help="Send away the clients that are connected.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
@@ -115,8 +116,15 @@ def rm(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Remove clones, bases and snapshots. A base that clones need stays; the error names them."""
+    """Remove clones, bases and snapshots. What others need stays; the error names them.
+
+    A snapshot's data that something still reads becomes a part of what is above it: the server of the pool does that,
+    or this command; with Ctrl-C it is left for the next time.
+    """
+    raise_file_limit()
     report = _run("rm", {"names": list(dict.fromkeys(names)), "dry_run": dry_run})
+    if not dry_run:
+        merge_layers(open_pool())
     if as_json:
         print_json(report)
     elif dry_run:

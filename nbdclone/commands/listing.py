@@ -152,6 +152,8 @@ def _state(entry: Info) -> str:
         return entry.error
     if holder := getattr(entry, "in_use_by", None):
         return f"open in {holder}"
+    if getattr(entry, "ephemeral", False):
+        return "ephemeral"
     clones = getattr(entry, "clones", ())
     return f"{len(clones)} clone{'' if len(clones) == 1 else 's'}" if entry.kind == "base" else ""
 

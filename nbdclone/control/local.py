@@ -26,6 +26,9 @@ class LocalOpened:
     def change(self, step: Callable[[], T]) -> T:
         return step()
 
+    def change_here(self, step: Callable[[], T]) -> T:
+        return step()
+
     def flush(self) -> None:
         self._clone.flush()
 

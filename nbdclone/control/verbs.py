@@ -74,6 +74,9 @@ class Opened(Protocol):
         GeneratorExit. Raises what it raises.
         """
 
+    def change_here(self, step: Callable[[], T]) -> T:
+        """The same, where no read is half done either: in a worker, on its event loop. To be over at once."""
+
     def flush(self) -> None:
         """Make durable what was changed before. Raises OSError, CloneFailed."""
 
@@ -153,7 +156,14 @@ VERBS: dict[str, Verb] = {
     verb.name: verb
     for verb in [
         Verb("quota", "worker", "nbdclone.control.quota:change_quota"),
+        Verb("flatten", "worker", "nbdclone.store.flattening:flatten"),
+        Verb("compact", "worker", "nbdclone.store.compacting:compact"),
+        Verb("merge", "process", "nbdclone.store.merging:merge_all"),
+        Verb("merge-into", "worker", "nbdclone.store.merging:merge_into"),
+        Verb("relayer", "worker", "nbdclone.store.merging:relayer"),
         Verb("disconnect", "worker", "nbdclone.control.clients:disconnect"),
+        Verb("promote", "process", "nbdclone.store.promoting:promote"),
+        Verb("keep", "process", "nbdclone.store.ephemeral:keep"),
         Verb("snapshot", "worker", "nbdclone.control.naming:snapshot"),
         Verb("rollback", "worker", "nbdclone.control.naming:rollback"),
         Verb("reset", "worker", "nbdclone.control.naming:reset"),
@@ -161,6 +171,10 @@ VERBS: dict[str, Verb] = {
         Verb("resize", "worker", "nbdclone.control.space:resize_clone"),
         Verb("rm", "process", "nbdclone.control.space:remove_all"),
         Verb("du", "process", "nbdclone.control.space:measure"),
+        Verb("hoist", "process", "nbdclone.store.hoisting:hoist"),
+        Verb("rebase", "process", "nbdclone.store.rebasing:rebase"),
+        Verb("move-clone", "worker", "nbdclone.store.moving:move_clone"),
+        Verb("renew-clone", "worker", "nbdclone.store.moving:renew_clone"),
     ]
 }  # fmt: skip
 

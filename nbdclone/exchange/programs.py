@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 from urllib.parse import quote
 
 from nbdclone.client import Client
-from nbdclone.errors import InUse, StorageError
+from nbdclone.errors import ConnectionFailed, InUse, StorageError
 from nbdclone.server.host import Options
 from nbdclone.server.server import Server
 from nbdclone.store.clone import Clone
@@ -112,15 +112,7 @@ async def opened_by_qemu(
             stdin=asyncio.subprocess.DEVNULL, stdout=complaints, stderr=complaints,
         )  # fmt: skip
         try:
-            try:
-                async with asyncio.timeout(START_TIMEOUT_S):
-                    while not os.path.exists(socket):
-                        if process.returncode is not None:
-                            _fail(_text(complaints), what)
-                        await asyncio.sleep(POLL_S)
-            except TimeoutError:
-                raise StorageError(f"{what}: qemu-nbd did not start in {START_TIMEOUT_S:.0f} s") from None
-            async with await Client.connect(socket, contexts=contexts) as client:
+            async with await _connect(socket, process, complaints, what, contexts) as client:
                 yield client
             try:
                 if await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S) != 0:
@@ -129,6 +121,22 @@ async def opened_by_qemu(
                 raise StorageError(f"{what}: qemu-nbd did not end in {STOP_TIMEOUT_S:.0f} s") from None
         finally:
             await _end(process)
+
+
+async def _connect(
+    socket: str, process: asyncio.subprocess.Process, complaints: Any, what: str, contexts: Sequence[str]
+) -> Client:
+    """Connect to qemu-nbd as soon as it listens: the socket is there a moment earlier."""
+    deadline = asyncio.get_running_loop().time() + START_TIMEOUT_S
+    while True:
+        if process.returncode is not None:
+            _fail(_text(complaints), what)
+        try:
+            return await Client.connect(socket, contexts=contexts)
+        except ConnectionFailed as error:
+            if asyncio.get_running_loop().time() > deadline:
+                raise StorageError(f"{what}: qemu-nbd did not start in {START_TIMEOUT_S:.0f} s ({error})") from None
+        await asyncio.sleep(POLL_S)
 
 
 async def in_turn(work: Iterable[Coroutine[Any, Any, T]], limit: int, done: Callable[[T], object]) -> None:

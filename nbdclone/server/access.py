@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from nbdclone.errors import InvalidName
 from nbdclone.server.peer import Peer, Subject, parse_subject
+from nbdclone.server.templates import PLUS
 from nbdclone.store.names import split_name, validate_name
 
 # What makes a pattern of a name. None of it can be in a name.
@@ -72,9 +73,10 @@ class Access:
         """The name of a rule that keeps the export from the client; None if it may have it.
 
         All the rules that match must admit the client: so their order does not matter. A rule for a clone is one for
-        its snapshots too, which hold what the clone held: who may not have the one, may not have the others.
+        its snapshots too, which hold what the clone held: who may not have the one, may not have the others. So is one
+        for a base for new clones of it, ``debian+``.
         """
-        names = (export_name, split_name(export_name)[0])
+        names = (export_name, split_name(export_name)[0].removesuffix(PLUS))
         # All patterns are tried, always: how long this takes says nothing about the rules.
         matching = [
             (name, rule) for match, name, rule in self._patterns if bool(match(names[0])) | bool(match(names[1]))

@@ -184,7 +184,7 @@ class Exports:
         self._turns: Turns = {}  # of those that are being opened or closed
         self._entrances: Turns = {}  # of those that somebody asks for, or that are kept closed
 
-    async def acquire(self, name: str) -> Export:
+    async def acquire(self, name: str, *, refused: bool = False) -> Export:
         """The export of that name, to be given back with :meth:`release`. Raises what ``Pool.open_clone`` raises."""
         async with _turn(self._entrances, name), _turn(self._turns, name):
             export = self._open.get(name)
@@ -247,6 +247,10 @@ class Exports:
     async def require(self, name: str) -> None:
         """Raise NotFound unless there is an export of that name."""
         await self._keeper.run(lambda: self._pool.require(name))
+
+    async def snapshots_beneath(self, name: str) -> dict[str, bytes]:
+        """What ``Pool.snapshots_beneath`` tells at this moment. Raises StorageError, OSError."""
+        return await self._keeper.run(lambda: self._pool.snapshots_beneath(name))
 
     async def names(self, shown: Callable[[str], bool]) -> list[str]:
         """The names of the exports there are at this moment, as far as they are to be shown."""

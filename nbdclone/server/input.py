@@ -24,7 +24,7 @@ DIRECT_WRITE = 32 << 10
 MAX_RECEIVES = 16
 # How long a connection runs requests before the others have their turn: while others have had one a moment ago, and
 # while nobody has. What was received and not run must be copied out of the shared buffer: so the less is received.
-SLICE_S = 0.00025
+SLICE_S = 0.0001
 LONE_SLICE_S = 0.002
 CROWDED_FOR_S = 0.05
 CROWDED_RECEIVE = 64 << 10
@@ -98,6 +98,7 @@ class Input:
         on_readable: Callable[[], None],
     ) -> None:
         self.active = False
+        self.until = 0.0  # when this turn ends (``perf_counter``)
         self.blocked_since: float | None = None  # when the peer began to send the large payload that is not all there
         self._sock = sock
         self._loop = loop
@@ -107,7 +108,6 @@ class Input:
         # speed.
         self._receive_at = PAGE - layout.size
         self._shared = shared
-        self._until = 0.0  # when this turn ends
         self._buffer = shared.buffer
         self._view = shared.view
         self._buffers = buffers
@@ -152,15 +152,15 @@ class Input:
 
     def begin_turn(self) -> float:
         """It is this connection's turn on the loop: when (``perf_counter``) that is to end."""
-        self._until = self._shared.begin_turn(self)
-        return self._until
+        self.until = self._shared.begin_turn(self)
+        return self.until
 
     def receive(self) -> None:
         """Receive what there is, and hand on what is complete. Raises RemoteProtocolError, OSError."""
         self.begin_turn()
         for _ in range(MAX_RECEIVES):
             more = self._receive_requests() if self._payload is None else self._receive_payload(self._payload)
-            if not (more and self.active) or perf_counter() > self._until:
+            if not (more and self.active) or perf_counter() > self.until:
                 break
         self._come_again()
 
@@ -216,7 +216,7 @@ class Input:
                     position = requests[taken][5] - self._layout.size
                     break
                 unparsed = len(requests) == MAX_BURST and position < end
-                if perf_counter() > self._until or self.active is not active:  # the others first; or no more
+                if perf_counter() > self.until or self.active is not active:  # the others first; or no more
                     break
         finally:
             self._receiver.finish_turn()

@@ -28,7 +28,7 @@ MAX_THREADS = 16
 # Jobs that wait in front of the threads, so that none of them has to wait for the loop.
 AHEAD = 4
 # How long outcomes are handed on before others have their turn on the loop.
-SLICE_S = 0.00025
+SLICE_S = 0.0001
 
 Done = Callable[[Any, BaseException | None], None]
 Job = tuple[Callable[[], Any], Done]

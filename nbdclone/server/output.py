@@ -29,6 +29,8 @@ GATHER_SIZE = 256 << 10
 # Parts of a buffer wait in it if at least one in so many of its bytes is theirs: a backlog is counted by what is to be
 # sent, and must not hold much more. A buffer may be twice as long as what was asked for.
 MIN_KEPT_SHARE = 4
+# What a peer takes of its backlog before others have their turn.
+MAX_TAKEN = 256 << 10
 
 _pack_simple_reply = SIMPLE_REPLY.pack_into
 _SIMPLE_REPLY_SIZE = SIMPLE_REPLY.size
@@ -192,6 +194,7 @@ class Output:
         self._account.take(len(view))
 
     def _on_writable(self) -> None:
+        taken = 0
         while self._waiting:
             view, buffer = self._waiting[0]
             sent = self._send(view)
@@ -207,6 +210,10 @@ class Output:
             self.blocked_since = self._loop.time()
             if buffer is not None:
                 self._buffers.give(buffer)
+            taken += sent
+            if taken >= MAX_TAKEN and self._waiting:
+                self._on_room()
+                return
         self.blocked_since = None
         self._loop.remove_writer(self._sock.fileno())
         self._on_room()

@@ -106,10 +106,11 @@ class Owners:
         """Something that claims an export as a connection does, and comes from no worker."""
         self._connections[number] = _Connection(None)
 
-    def claim(self, number: int, name: str) -> int:
+    def claim(self, number: int, name: str, *, here: bool = False) -> int:
         """The connection wants this export, and no other any more: the worker that has it, or will have it.
 
-        A new one goes to the worker that asks, unless another has less to do; there must be one that is open.
+        A new one goes to the worker that asks, unless another has less to do; ``here``: to that one in any case. There
+        must be one that is open.
         """
         connection = self._connections[number]
         if connection.claimed == name:
@@ -119,6 +120,8 @@ class Owners:
             self._workers[asking].handshakes.discard(number)
         if name not in self._owners:
             candidates = [number for number, worker in self._workers.items() if worker.open]
+            if here and asking is not None:
+                candidates = [asking]
             self._owners[name] = owner = self._least_loaded(candidates, asking)
             self._workers[owner].exports.add(name)
             self._claims[name] = set()
@@ -165,6 +168,10 @@ class Owners:
             del self._connections[number]
             return True
         return False
+
+    def has(self, name: str) -> bool:
+        """Does a worker have this export, or will have it?"""
+        return name in self._owners
 
     def __contains__(self, number: object) -> bool:
         return number in self._connections

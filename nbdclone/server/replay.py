@@ -67,8 +67,7 @@ class Boots:
             recorder = self._recorders.pop(clone, None)
             if recorder is None:
                 return
-            base = clone.layers[0]
-            assert isinstance(base, Image)
+            base = recorder.base
             self._recorded.discard(base.record.id)
             try:
                 trace = recorder.stop()

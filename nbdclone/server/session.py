@@ -78,6 +78,8 @@ logger = logging.getLogger("nbdclone")
 # A read of more than this gets a buffer of its own, page-aligned and sent from where it is; less is gathered. A shorter
 # one is answered by one chunk: a hole if it is all zeros.
 GATHERED_READ = 64 << 10
+# A shorter read that is in memory, while nothing else is under way, is not worth a look at the clock.
+LONG_READ = 16 << 10
 # More than this is copied in a thread: a millisecond of copying on the loop is a millisecond for everybody.
 MAX_INLINE = 1 << 20
 # So many short reads that have to wait for the disk are one job for a thread: handing over a job and its outcome costs
@@ -128,6 +130,7 @@ class Session:
         peer: Peer,
         export: Export,
         negotiated: Negotiated,
+        contexts: Contexts,
         scratch: Scratch,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
@@ -139,7 +142,7 @@ class Session:
         mode = negotiated.mode
         self._structured = mode is not Mode.SIMPLE
         self._layout = EXTENDED if mode is Mode.EXTENDED else STRUCTURED
-        self._contexts = negotiated.contexts
+        self._contexts = contexts
         self._read_header = self._layout.read.size if self._structured else SIMPLE_REPLY.size
         self._buffers = scratch.buffers
         self._scratch = scratch
@@ -290,6 +293,8 @@ class Session:
         if self._cold:
             self._read_cold()
         self._output.push()
+        if self._waiting and self._fits(self._waiting[0][0]):  # for time alone
+            self._go_on_soon()
         if self._full():
             self._input.stop()
         if self._draining:
@@ -341,7 +346,7 @@ class Session:
 
     def _run_filtered_status(self, flags: int, cookie: Cookie, offset: int, payload: memoryview) -> None:
         """Block status in some of the contexts, which the payload names."""
-        asked = parse_status_filter(payload, [number for number, _name in self._contexts])
+        asked = parse_status_filter(payload, [context.id for context in self._contexts])
         if asked is None:
             self._reply(cookie, EINVAL, "not a length and ids of contexts that were selected, each once")
             return
@@ -350,7 +355,7 @@ class Session:
         if error := request_error(self._info, self._structured, flags, CMD_BLOCK_STATUS, offset, length):
             self._reply(cookie, error)
         else:
-            contexts = tuple(context for context in self._contexts if context[0] in numbers)
+            contexts = tuple(context for context in self._contexts if context.id in numbers)
             self._ask_status(flags, cookie, offset, length, contexts)
 
     def _ask_status(self, flags: int, cookie: Cookie, offset: int, length: int, contexts: Contexts) -> None:
@@ -637,7 +642,13 @@ class Session:
         )
 
     def _has_room(self, size: int) -> bool:
-        """May a reply of this size be made now?"""
+        """May a reply of this size be made now? What may take long is, while it is this connection's turn."""
+        if size < LONG_READ and not self._reading and not self._output.backlog:
+            return True
+        return perf_counter() < self._input.until and self._fits(size)
+
+    def _fits(self, size: int) -> bool:
+        """Is there room for a reply of this size?"""
         untaken = self._output.backlog
         if not untaken and not self._reading and size <= GATHERED_READ:
             return True
@@ -691,13 +702,17 @@ class Session:
         if not self._waiting:
             return
         until = self._input.begin_turn()
-        while self._waiting and not self._lost and self._has_room(self._waiting[0][0]):
+        while self._waiting and not self._lost and self._fits(self._waiting[0][0]):
             _size, begin = self._waiting.popleft()
             begin()
             if perf_counter() > until:
-                if self._going_on is None:
-                    self._going_on = self._loop.call_soon(self._go_on)
+                self._go_on_soon()
                 break
+
+    def _go_on_soon(self) -> None:
+        """Go on with what waits when others had their turn."""
+        if self._going_on is None:
+            self._going_on = self._loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
         """It is this connection's turn again, with what had room and no time."""

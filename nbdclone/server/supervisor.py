@@ -26,8 +26,10 @@ from nbdclone.server.accept import Acceptor
 from nbdclone.server.admission import MAX_CONNECTIONS, Admission
 from nbdclone.server.budget import MIN_MEMORY, default_memory
 from nbdclone.server.channel import Message
+from nbdclone.server.ephemeral import Ephemerals
 from nbdclone.server.host import Options, tls_mode
 from nbdclone.server.jobs import Job, Jobs
+from nbdclone.server.merger import Merger
 from nbdclone.server.owners import Owners
 from nbdclone.server.peer import Peer
 from nbdclone.server.process import Process, describe_status
@@ -112,6 +114,7 @@ class Supervisor:
         self._pausing: asyncio.TimerHandle | None = None
         self._moved = asyncio.Event()  # set, and replaced, whenever what was parked is tried again
         self._jobs = Jobs(pool, self, lambda: next(self._numbers), self._begin_task)
+        self._merging: asyncio.Task[None] | None = None
         self._stopping = False
 
     # The whole
@@ -121,7 +124,8 @@ class Supervisor:
         with contextlib.ExitStack() as held:
             self._lock = held.enter_context(self.pool.served())
             self._settings = read_text(self.pool.settings_path)
-            parse_settings(self._settings, self.pool.settings_path)
+            self._templates = parse_settings(self._settings, self.pool.settings_path).templates
+            self._ephemerals = Ephemerals(self.pool, self._owners.has, self._begin_task)
             self._acceptor = Acceptor(self._admission, QuietLog(logger, self._loop.time), self._begin)
             held.callback(self._acceptor.close)
             required = tls_mode(self._tls) is TLSMode.REQUIRED
@@ -136,6 +140,8 @@ class Supervisor:
                 await self._stop()
                 raise
             self._control.start()
+            await self._ephemerals.start()
+            self._merging = self._tasks.create_task(Merger(self.pool, self._jobs).run())
             self._held = held.pop_all()
         self._retiring = self._loop.call_later(IDLE_S, self._retire, set())
         return self
@@ -158,6 +164,9 @@ class Supervisor:
         if self._pausing is not None:
             self._pausing.cancel()
         self._jobs.stop()
+        self._ephemerals.stop()
+        if self._merging is not None:
+            self._merging.cancel()
         self._moved.set()
         for process in self._processes.values():
             self._end(process)
@@ -170,11 +179,11 @@ class Supervisor:
         settings = tls = False
         try:
             text = read_text(self.pool.settings_path)
-            parse_settings(text, self.pool.settings_path)
+            templates = parse_settings(text, self.pool.settings_path).templates
         except UsageError as error:
             logger.error("the settings stay as they were: %s", error)
         else:
-            self._settings, settings = text, True
+            self._settings, self._templates, settings = text, templates, True
         if self._tls is not None:
             try:
                 self._tls.reload()
@@ -335,11 +344,16 @@ class Supervisor:
             self._leave(number, relay=message["relay"])
         elif verb == "release":
             self._owners.release(number)
+            self._ephemerals.look()
+        elif verb == "make":
+            self._begin_task(self._make(process, message))
         elif verb == "progress":
             self._jobs.note(number, *message["progress"])
         else:
             # A snapshot is where its clone is: what is done to the names of both is done there.
-            owner = self._owners.claim(number, split_name(message["name"])[0])
+            clone = split_name(message["name"])[0]
+            owner = self._owners.claim(number, clone, here=message.get("here", False))
+            self._ephemerals.claimed(clone)
             if self._processes[owner].ending or not self._processes[owner].settled.is_set():
                 self._parked.append((process, message, fd))
             elif verb == "claim":
@@ -361,6 +375,11 @@ class Supervisor:
     def _leave(self, number: int, *, relay: bool = False) -> None:
         if self._owners.leave(number, relay=relay):
             self._acceptor.leave(self._peers.pop(number))
+        self._ephemerals.look()
+
+    async def _make(self, process: Process, message: Message) -> None:
+        """Make the clone that a client has asked for by a template."""
+        process.channel.answer(message, **await self._ephemerals.make(message["name"], self._templates))
 
     # Verbs
 
@@ -405,6 +424,7 @@ class Supervisor:
             moved = self._moved
             if self._owners.open:
                 process = self._processes[self._owners.claim(number, name)]
+                self._ephemerals.claimed(name)
                 self._provide()
                 if process.settled.is_set() and not process.ending:
                     self._owners.move(number, process.number, relayed=False)
@@ -417,6 +437,7 @@ class Supervisor:
         """What was claimed with ``place`` is given back, unless it went with its worker."""
         if number in self._owners:
             self._owners.leave(number)
+        self._ephemerals.look()
 
 
 def _close(fd: int | None) -> None:

@@ -22,7 +22,7 @@ from nbdclone.errors import Interrupted, InUse, NBDCloneError, UsageError
 from nbdclone.server.channel import Channel, Message
 from nbdclone.server.export import Export
 from nbdclone.server.host import Host
-from nbdclone.server.offload import Offload
+from nbdclone.server.offload import Done, Offload
 from nbdclone.store.clone import Clone
 from nbdclone.store.names import split_name
 from nbdclone.store.pool import Pool
@@ -49,6 +49,12 @@ class WorkerOpened:
         return self._export.clone
 
     def change(self, step: Callable[[], T]) -> T:
+        return self._change(self._export.change, step)
+
+    def change_here(self, step: Callable[[], T]) -> T:
+        return self._change(self._export.change_here, step)
+
+    def _change(self, submit: Callable[[Callable[[], Any], Done], None], step: Callable[[], T]) -> T:
         took_s = 0.0
 
         def timed() -> T:
@@ -60,7 +66,7 @@ class WorkerOpened:
                 took_s = perf_counter() - began
 
         asked = perf_counter()
-        result: T = self._work.wait_for(lambda done: self._export.change(timed, done))
+        result: T = self._work.wait_for(lambda done: submit(timed, done))
         self._work.waited_s += perf_counter() - asked - took_s
         return result
 

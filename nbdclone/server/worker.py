@@ -20,10 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nbdclone.errors import NBDCloneError
+from nbdclone.control.failures import from_record
+from nbdclone.errors import NBDCloneError, NotFound
 from nbdclone.server.channel import Channel, Message
 from nbdclone.server.connection import Elsewhere
-from nbdclone.server.export import Export, Exports
+from nbdclone.server.export import Export
 from nbdclone.server.host import SWITCH_INTERVAL_S, Host, Options
 from nbdclone.server.peer import Peer
 from nbdclone.server.settings import parse_settings
@@ -40,22 +41,25 @@ class Seat:
     ``claimed``: it was moved here, to the export that it asks for. What the supervisor is told is in ``owners``.
     """
 
-    def __init__(self, number: int, channel: Channel, exports: Exports, *, claimed: bool) -> None:
+    def __init__(self, number: int, channel: Channel, host: Host, *, claimed: bool) -> None:
         self._number = number
         self._channel = channel
-        self._exports = exports
+        self._host = host
+        self._exports = host.exports
         self._claimed = claimed
         self._moved = self._relayed = False
+        self._made: dict[str, str] = {}  # the clones that were made for this client, by what it asked for
 
-    async def acquire(self, name: str) -> Export:
+    async def acquire(self, name: str, *, refused: bool = False) -> Export:
         """As Exports does it. Raises Elsewhere if another worker has the export, or is to have it.
 
         A name that no export has is looked for here, and nobody else hears of it: neither does the time that it takes
         say more than it does in a server of one process, nor do strangers keep the supervisor busy.
         """
         if not self._claimed:
-            await self._exports.require(name)
-            answer = await self._channel.ask(self._message("claim", name=name))
+            asked, name = name, await self._require(name, refused)
+            # One that was made under a name of its own is nobody else's: who asks in another worker gets another.
+            answer = await self._channel.ask(self._message("claim", name=name, here=name != asked))
             if not answer["here"]:
                 raise Elsewhere(partial(self._move, name))
             self._claimed = True
@@ -64,6 +68,20 @@ class Seat:
         except BaseException:
             self._release()
             raise
+
+    async def _require(self, name: str, refused: bool) -> str:
+        """Raises NotFound unless there is an export of that name, or a template by which one is made now: its name."""
+        name = self._made.get(name, name)
+        try:
+            await self._exports.require(name)
+        except NotFound:
+            if refused or self._host.settings.templates.find(name) is None:
+                raise
+            answer = await self._channel.ask(self._message("make", name=name))
+            if "error" in answer:
+                raise from_record(answer["error"]) from None
+            name = self._made[name] = answer["name"]
+        return name
 
     async def release(self, export: Export) -> None:
         """As Exports does it; the supervisor hears of it when the clone is closed, if this was its last connection."""
@@ -74,6 +92,9 @@ class Seat:
 
     async def names(self, shown: Callable[[str], bool]) -> list[str]:
         return await self._exports.names(shown)
+
+    async def snapshots_beneath(self, name: str) -> dict[str, bytes]:
+        return await self._exports.snapshots_beneath(name)
 
     def gone(self) -> None:
         """The connection has ended here."""
@@ -155,7 +176,7 @@ class Worker:
 
     def _serve(self, message: Message, fd: int | None) -> None:
         host, moved = self._host, message["state"]
-        seat = Seat(message["connection"], self._channel, host.exports, claimed=moved is not None)
+        seat = Seat(message["connection"], self._channel, host, claimed=moved is not None)
         if fd is None or self._stop.is_set():
             if fd is None:
                 host.scratch.quiet.say("descriptors", "a connection was lost: too many open files")

@@ -194,7 +194,7 @@ def find_base(pool: Pool, path: Path, image: Any, progress: Progress | None = No
     ``image`` has the methods of :class:`RawImage`. It is hashed as a whole only if there is a base of its size that has
     the same blocks where that base was sampled; the very file of a base is not.
     """
-    bases = [base for base in pool.entries() if isinstance(base, BaseInfo) and base.id]
+    bases = [base for base in pool.entries() if isinstance(base, BaseInfo) and base.id]  # else damaged
     for base in bases:
         if os.path.samefile(path, pool.path / "bases" / base.name / "image"):
             return base.name

@@ -123,6 +123,10 @@ class Catalog:
         children: dict[str | None, list[str]] = {}
         for clone in clones:
             children.setdefault(clone.base, []).append(clone.name)
+        for snapshot in snapshots:  # a clone that was cut free may have some over the base still
+            names = children.setdefault(snapshot.base, [])
+            if (owner := split_name(snapshot.name)[0]) not in names:
+                names.append(owner)
         bases = [self._base(name, tuple(children.get(name, ()))) for name in places.names_in(places.bases)]
         found: list[Info] = [*bases, *clones, *snapshots]
         if self._unnamed:

@@ -15,15 +15,17 @@ from pathlib import Path
 
 from nbdclone.errors import InUse, NBDCloneError, NotFound, StorageError
 from nbdclone.store.check_base import BaseExamination, Wishes, files_of_a_base
-from nbdclone.store.check_delta import Examination, linked_to, read_from_below
-from nbdclone.store.delta_file import Header, read_header
+from nbdclone.store.check_delta import Examination, linked_to, read_from
+from nbdclone.store.check_layers import Beneath, Chains, ContentCheck, check_leftovers, check_snapshots
+from nbdclone.store.delta_file import NO_PARENT, Header, read_header
 from nbdclone.store.finding import NOTE, WRONG, Finding, Problem, Range
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem
 from nbdclone.store.image import BaseRecord, Progress, thaw_bases
+from nbdclone.store.layer_manifest import MANIFEST, RECORD, WRITER
 from nbdclone.store.live import FILE_NAME
 from nbdclone.store.locks import describe_process, holders, is_locked_directory
-from nbdclone.store.names import is_name
-from nbdclone.store.places import ENTRIES, STAGING_LOCK
+from nbdclone.store.names import is_name, split_name
+from nbdclone.store.places import ENTRIES, EPHEMERAL, SNAPSHOTS, STAGING_LOCK, Places, is_kept
 from nbdclone.store.repair import KEPT, repair
 
 # A clone that is open elsewhere is looked at this often, this far apart: a page in flight is written in microseconds.
@@ -42,11 +44,11 @@ def check_pool(
     progress: Progress | None = None,
     fs: FileSystem = FILE_SYSTEM,
 ) -> Iterator[Finding]:
-    """Find what is wrong with the bases and clones of those names, or with all and the pool itself; in order.
+    """Find what is wrong with what has those names, or with all and the pool itself; in order.
 
-    A clone's base is checked with it. ``deep`` reads the whole content of the bases; ``progress`` is called for each of
-    them with bytes done and bytes in all. ``repair`` puts right what has one right answer, and keeps the bytes as they
-    were. Raises NotFound if there is no such name, before anything is done.
+    What is beneath a clone is checked with it. ``deep`` reads the whole content of bases and layers; ``progress`` is
+    called for each of them with bytes done and bytes in all. ``repair`` puts right what has one right answer, and keeps
+    the bytes as they were. Raises NotFound if there is no base, clone or snapshot of a name, before anything is done.
     """
     return _Check(path, names, Wishes(deep, repair, progress), fs).run()
 
@@ -58,32 +60,59 @@ class _Check:
         self._bases = path / "bases"
         self._clones = path / "clones"
         self._wishes = wishes
+        self._places = Places(path, fs)
         self._base_names = sorted(filter(is_name, os.listdir(self._bases)))
         self._clone_names = sorted(filter(is_name, os.listdir(self._clones)))
+        known = {*self._base_names, *self._clone_names}
         for name in names:
-            if name not in (*self._base_names, *self._clone_names):
-                raise NotFound(f"there is no base or clone {name[:100]!r} in {path}")
+            if name not in known and (split_name(name)[1] is None or not self._is_snapshot(name)):
+                raise NotFound(f"there is no base, clone or snapshot {name[:100]!r} in {path}")
         self._headers = self._read_headers()
         self._records = self._read_records()
+        self._chains = Chains(self._places, self._clone_names)
         self._locks = holders()
         self._whole = not names
         self._wanted_clones = [name for name in self._clone_names if not names or name in names]
-        parents = {header.parent_id for name in self._wanted_clones if (header := self._headers.get(name))}
-        hints = {header.parent_name for name in self._wanted_clones if (header := self._headers.get(name))}
+        self._choose(names)
+
+    def _choose(self, names: Sequence[str]) -> None:
+        """The layers and bases that are to be checked: all, or those of that name, and those beneath."""
+        self._wanted_layers = self._chains.ids
+        self._wanted_bases = self._base_names
+        if not names:
+            return
+        layers: set[bytes] = set()
+        headers = [header for name in self._wanted_clones if (header := self._headers.get(name))]
+        for layer_id, name in self._chains.names.items():
+            if name in names or split_name(name)[0] in names:
+                layers.add(layer_id)
+                headers += [header] if (header := self._chains.headers.get(layer_id)) else []
+        beneath = [self._chains.beneath(header) for header in headers]
+        layers.update(*(one.layers for one in beneath))
+        parents = {one.lowest.parent_id for one in beneath}
+        hints = {one.lowest.parent_name for one in beneath}
+        self._wanted_layers = [layer_id for layer_id in self._chains.ids if layer_id in layers]
         self._wanted_bases = [
             name
             for name in self._base_names
-            if not names
-            or name in names
-            or (record.id in parents if (record := self._records.get(name)) else name in hints)
+            if name in names or (record.id in parents if (record := self._records.get(name)) else name in hints)
         ]
+
+    def _is_snapshot(self, name: str) -> bool:
+        with contextlib.suppress(NBDCloneError):
+            self._places.snapshot(name)
+            return True
+        return False
 
     def run(self) -> Iterator[Finding]:
         if self._whole:
             yield from self._check_directories()
             yield from self._check_staging()
+            yield from self._check_leftovers()
         for name in self._wanted_bases:
             yield from self._check_base(name)
+        for layer_id in self._wanted_layers:
+            yield from self._check_layer(layer_id)
         for name in self._wanted_clones:
             yield from self._check_clone(name)
 
@@ -91,13 +120,8 @@ class _Check:
         """Of all clones, for a base is what its clones say too."""
         headers = {}
         for name in self._clone_names:
-            path = self._clones / name / "delta"
             with contextlib.suppress(NBDCloneError, OSError):
-                fd = self._fs.open_file(path, os.O_RDONLY)
-                try:
-                    headers[name] = read_header(fd, str(path), self._fs)
-                finally:
-                    self._fs.close(fd)
+                headers[name] = self._places.header(self._clones / name / "delta")
         return headers
 
     def _read_records(self) -> dict[str, BaseRecord]:
@@ -116,6 +140,9 @@ class _Check:
         yield from self._foreign("", self._path, lambda name: name in ENTRIES)
         yield from self._foreign("", self._bases, is_name)
         yield from self._foreign("", self._clones, is_name)
+        if self._places.layers.is_dir():
+            ids = {layer_id.hex() for layer_id in self._chains.ids}
+            yield from self._foreign("", self._places.layers, lambda name: name in ids)
         for name in sorted({*self._base_names} & {*self._clone_names}):
             todo = "the clone is what the name means: rename one of the directories"
             yield Finding(name, "name-twice", "there is a base and a clone of that name", str(self._path), todo)
@@ -153,7 +180,24 @@ class _Check:
             yield Finding("", "unreadable", what, str(tmp), "check it as the owner of the pool", NOTE)
 
     def _is_abandoned(self, path: Path) -> bool:
-        return path.is_dir() and not path.is_symlink() and not is_locked_directory(path, STAGING_LOCK)
+        if not path.is_dir() or path.is_symlink() or is_kept(path):
+            return False
+        return not is_locked_directory(path, STAGING_LOCK)
+
+    def _check_leftovers(self) -> Iterator[Finding]:
+        """What snapshots left, and layers that nobody needs."""
+        if not self._chains.ids and not any((self._clones / name / SNAPSHOTS).is_dir() for name in self._clone_names):
+            return
+        try:
+            with self._changing():
+                found, cut_off = check_leftovers(self._places, self._clone_names, self._wishes.repair)
+        except OSError as error:
+            what = f"it cannot be told which layers are left over: {os.strerror(error.errno or 0)}"
+            todo = "check it as the owner of the pool"
+            found, cut_off = [Finding("", "unreadable", what, str(self._places.layers), todo, NOTE)], set()
+        self._chains = Chains(self._places, self._clone_names)
+        self._wanted_layers = [layer_id for layer_id in self._chains.ids if layer_id not in cut_off]
+        yield from found
 
     # Bases
 
@@ -171,31 +215,45 @@ class _Check:
             yield _unreadable(name, directory, error)
             return
         others = frozenset(record.id for other, record in self._records.items() if other != name)
-        examination = BaseExamination(self._fs, directory, self._headers, others, self._changing, self._wishes)
+        examination = BaseExamination(self._fs, directory, self._above_bases(), others, self._changing, self._wishes)
         yield from examination.run()
         if examination.record:
             self._records[name] = examination.record
-            for clone, header in self._headers.items():
-                if examination.changed and header.parent_id == examination.record.id:
-                    yield self._hurt(clone, header, name, examination.changed)
+            for clone, header in self._headers.items() if examination.changed else ():
+                beneath = self._chains.beneath(header)
+                if beneath.lowest.parent_id == examination.record.id:
+                    yield self._hurt(clone, header, beneath, f"base '{name}'", 1, examination.changed)
 
-    def _hurt(self, clone: str, header: Header, base: str, changed: Sequence[Range]) -> Finding:
-        """What of the changed bytes of its base does a clone read?"""
+    def _above_bases(self) -> dict[str, Header]:
+        """The deltas whose parent is a base: what they say of it counts when its own record is lost."""
+        layers = {self._chains.name(layer_id): header for layer_id, header in self._chains.headers.items() if header}
+        return {
+            name: header
+            for name, header in (self._headers | layers).items()
+            if header.parent_id != NO_PARENT and header.parent_id not in self._chains.headers
+        }
+
+    def _hurt(
+        self, clone: str, header: Header, beneath: Beneath, whose: str, origin: int, changed: Sequence[Range]
+    ) -> Finding:
+        """What does a clone read of the changed bytes of what is beneath it? ``origin``: 1 is the base."""
         path = self._clones / clone / "delta"
         try:
-            fd = self._fs.open_file(path, os.O_RDONLY)
-            try:
-                count = read_from_below(self._fs, fd, header, changed)
-            finally:
-                self._fs.close(fd)
+            with contextlib.ExitStack() as opened:
+                chain: list[tuple[int, Header]] = []
+                for file in (*(self._places.layer(layer_id) for layer_id in reversed(beneath.layers)), path):
+                    fd = self._fs.open_file(file, os.O_RDONLY)
+                    opened.callback(self._fs.close, fd)
+                    chain.append((fd, header if file is path else read_header(fd, str(file), self._fs)))
+                count = read_from(self._fs, chain, origin, changed)
         except (OSError, StorageError) as error:
             return _unreadable(clone, path, error)
         total = sum(length for _, length in changed)
         if count:
-            what = f"it reads {count} of the {total} bytes of base '{base}' that changed"
-            return Finding(clone, "hurt", what, str(path), "it is right again when the base is")
-        what = f"it is not hurt: it has the {total} bytes of base '{base}' that changed as its own"
-        todo = "it is refused until the base is put right, and loses nothing"
+            what = f"it reads {count} of the {total} bytes of {whose} that changed"
+            return Finding(clone, "hurt", what, str(path), "it is right again when they are")
+        what = f"it is not hurt: it reads none of the {total} bytes of {whose} that changed"
+        todo = "it is refused until the base is put right, and loses nothing" if origin == 1 else "nothing"
         return Finding(clone, "not-hurt", what, str(path), todo, NOTE)
 
     def _check_drafts(self, name: str, directory: Path, locked: str) -> Iterator[Finding]:
@@ -222,6 +280,68 @@ class _Check:
                 repaired=removed,
             )  # fmt: skip
 
+    # Layers
+
+    def _check_layer(self, layer_id: bytes) -> Iterator[Finding]:
+        name, path = self._chains.name(layer_id), self._places.layer(layer_id)
+        directory = path.parent
+        try:
+            known = {"delta", MANIFEST, RECORD, WRITER, FILE_NAME}
+            yield from self._foreign(
+                name, directory, lambda file: file in known or KEPT in file or file.endswith(".new")
+            )
+            yield from self._check_drafts(name, directory, "delta")
+            yield from self._check_live(name, directory)
+        except OSError as error:
+            if directory.exists():  # else it was removed just now
+                yield _unreadable(name, directory, error)
+            return
+        if not path.exists() and directory.exists():
+            todo = "put the file back from a backup"
+            yield Finding(name, "delta-missing", "it has no delta", str(directory), todo)
+            return
+        yield from self._check_delta(name, path, f"layer {layer_id.hex()}", sealed=True)
+        self._chains.look_again(layer_id)
+        header = self._chains.headers[layer_id]
+        if header is not None and header.id != layer_id:
+            what = f"the delta in the place of layer {layer_id.hex()} has the id {header.id.hex()}"
+            todo = "put the right one back from a backup; what is above it is refused"
+            yield Finding(name, "layer-other", what, str(path), todo)
+        elif header is not None and self._wishes.deep:
+            yield from self._check_content(name, path, header)
+
+    def _check_live(self, name: str, directory: Path) -> Iterator[Finding]:
+        """A layer has no marks that no flush has written."""
+        live = directory / FILE_NAME
+        if live.exists():
+            if self._wishes.repair:
+                self._fs.unlink(live)
+                self._fs.sync_directory(directory)
+            what, todo = "it is a layer, and has a live map", "it means nothing, and --repair removes it"
+            yield Finding(name, "not-sealed", what, str(live), todo, NOTE, repaired=self._wishes.repair)
+
+    def _check_content(self, name: str, path: Path, header: Header) -> Iterator[Finding]:
+        def hurt(layer_id: bytes, changed: Sequence[Range]) -> Iterator[Finding]:
+            for clone, above in self._headers.items():
+                beneath = self._chains.beneath(above)
+                if layer_id in beneath.layers:
+                    # Beneath the lowest delta is the base, 1, or nothing.
+                    origin = len(beneath.layers) - beneath.layers.index(layer_id) + 1
+                    yield self._hurt(clone, above, beneath, f"'{name}'", origin, changed)
+
+        try:
+            fd = self._fs.open_file(path, os.O_RDONLY)
+        except (OSError, StorageError) as error:
+            yield _unreadable(name, path, error)
+            return
+        try:
+            self._fs.lock(fd, path, name, shared=True)  # it is not removed while it is read
+            yield from ContentCheck(self._places, self._wishes, hurt).run(fd, name, header)
+        except InUse as error:
+            yield Finding(name, "in-use", str(error), str(path), "check it again later", NOTE)
+        finally:
+            self._fs.close(fd)
+
     # Clones
 
     def _check_clone(self, name: str) -> Iterator[Finding]:
@@ -231,25 +351,37 @@ class _Check:
             yield Finding(name, "foreign", "it is no directory", str(directory), "nothing touches it", NOTE)
             return
         try:
-            yield from self._foreign(
-                name, directory, lambda file: file in ("delta", FILE_NAME) or KEPT in file or file[-4:] == ".new"
-            )
+            known = {"delta", FILE_NAME, SNAPSHOTS, EPHEMERAL}
+            yield from self._foreign(name, directory, lambda file: file in known or KEPT in file or file[-4:] == ".new")
             yield from self._check_drafts(name, directory, "delta")
-            fd = self._fs.open_file(path, os.O_RDONLY)
         except FileNotFoundError:
-            if not directory.exists():
-                return  # it was removed just now
+            return  # it was removed just now
+        except OSError as error:
+            yield _unreadable(name, path, error)
+            return
+        if not os.path.lexists(path) and directory.exists():
             yield Finding(
                 name, "delta-missing", "it has no delta", str(directory), "put the file back, or 'nbdclone rm'"
             )
-            return
+        else:
+            yield from self._check_delta(name, path, f"clone '{name}'")
+        header = self._headers.get(name)
+        yield from check_snapshots(self._places, name, header.id if header else None)
+
+    # Both
+
+    def _check_delta(self, name: str, path: Path, words: str, *, sealed: bool = False) -> Iterator[Finding]:
+        try:
+            fd = self._fs.open_file(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return  # it was removed just now
         except (OSError, StorageError) as error:
             yield _unreadable(name, path, error)
             return
         try:
             status = self._fs.fstat(fd)
-            holder = self._locks.get((status.st_dev, status.st_ino))
-            problems = self._examine(fd, path, name, in_use=holder is not None)
+            holder = None if sealed else self._locks.get((status.st_dev, status.st_ino))
+            problems = self._examine(fd, path, name, in_use=holder is not None, sealed=sealed)
         except OSError as error:
             yield _unreadable(name, path, error)
             return
@@ -259,17 +391,18 @@ class _Check:
             if holder is not None:
                 yield _in_use(name, path, describe_process(holder))
             return
-        yield from self._look_again(name, path)
+        yield from self._look_again(name, path, words, sealed)
 
-    def _examine(self, fd: int, path: Path, name: str, *, in_use: bool) -> list[Problem]:
-        examination = Examination(self._fs, fd, path, name, in_use=in_use)
+    def _examine(self, fd: int, path: Path, name: str, *, in_use: bool, sealed: bool) -> list[Problem]:
+        examination = Examination(self._fs, fd, path, name, in_use=in_use, sealed=sealed)
         if examination.header is None:
             return examination.problems
-        self._headers[name] = examination.header
+        if not sealed:
+            self._headers[name] = examination.header
         sound = not examination.problems
         return [*examination.problems, *self._examine_parent(fd, path, name, examination.header, sound)]
 
-    def _look_again(self, name: str, path: Path) -> Iterator[Finding]:
+    def _look_again(self, name: str, path: Path, words: str, sealed: bool) -> Iterator[Finding]:
         """Something is wrong, or seemed so: now under the lock, or several times."""
         repairs = self._wishes.repair
         try:
@@ -282,50 +415,58 @@ class _Check:
                 return
             fd, repairs = self._fs.open_file(path, os.O_RDONLY), False
         try:
-            self._fs.lock(fd, path, f"clone '{name}'", shared=not repairs)
+            self._fs.lock(fd, path, words, shared=not repairs)
             if not self._fs.still_there(path, self._fs.fstat(fd)):
                 return
-            yield from self._settle(fd, path, name, repairs)
+            yield from self._settle(fd, path, name, repairs, sealed)
         except InUse as error:
             yield Finding(name, "in-use", str(error), str(path), "it is not repaired while it is open", NOTE)
-            yield from self._persistent(fd, path, name)
+            yield from self._persistent(fd, path, name, sealed)
         except OSError as error:
             yield _unreadable(name, path, error)
         finally:
             self._fs.close(fd)
 
-    def _settle(self, fd: int, path: Path, name: str, repairs: bool) -> Iterator[Finding]:
+    def _settle(self, fd: int, path: Path, name: str, repairs: bool, sealed: bool) -> Iterator[Finding]:
         """Under the lock: repair, and look again, until nothing is left that can be repaired."""
         for _ in range(MAX_ROUNDS):
-            problems = self._examine(fd, path, name, in_use=False)
+            problems = self._examine(fd, path, name, in_use=False, sealed=sealed)
             if not repairs or not any(problem.can_be_repaired for problem in problems):
                 break
             yield from repair(self._fs, fd, path, problems)
         yield from (problem.finding for problem in problems)
 
-    def _persistent(self, fd: int, path: Path, name: str) -> Iterator[Finding]:
+    def _persistent(self, fd: int, path: Path, name: str, sealed: bool) -> Iterator[Finding]:
         """What is there at every look at a clone that is being written."""
-        seen = {problem.finding for problem in self._examine(fd, path, name, in_use=True)}
+        seen = {problem.finding for problem in self._examine(fd, path, name, in_use=True, sealed=sealed)}
         for _ in range(LOOKS - 1):
             if not seen:
                 return
             time.sleep(PAUSE_S)
-            seen &= {problem.finding for problem in self._examine(fd, path, name, in_use=True)}
+            seen &= {problem.finding for problem in self._examine(fd, path, name, in_use=True, sealed=sealed)}
         yield from sorted(seen, key=lambda finding: (finding.kind, finding.where))
 
     def _examine_parent(self, fd: int, path: Path, name: str, header: Header, sound: bool) -> list[Problem]:
-        """Is there a base of that id, with that fingerprint? If none: is there one of the same content?"""
-        parent = _find(self._records, header)
-        what = f"its base '{header.parent_name}' ({header.parent_id.hex()})"
-        if parent and self._records[parent].fingerprint == header.fingerprint:
+        """Is there all that is beneath, and a base of that id, with that fingerprint? If none: one of that content?"""
+        beneath = self._chains.beneath(header)
+        if beneath.kind:
+            todo = "it is refused, and loses nothing: put the layer back from a backup"
+            return [Problem(Finding(name, beneath.kind, beneath.what, str(path), todo))]
+        lowest = beneath.lowest
+        if lowest.parent_id == NO_PARENT:
+            return []
+        its = f"through {self._chains.name(lowest.id)}, its" if beneath.layers else "its"
+        parent = _find(self._records, lowest)
+        what = f"{its} base '{lowest.parent_name}' ({lowest.parent_id.hex()})"
+        if parent and self._records[parent].fingerprint == lowest.fingerprint:
             return []
         if parent:
-            now, then = self._records[parent].fingerprint.hex()[:16], header.fingerprint.hex()[:16]
-            what = f"its base '{parent}' has the fingerprint {now}, and had {then} when the clone was made"
+            now, then = self._records[parent].fingerprint.hex()[:16], lowest.fingerprint.hex()[:16]
+            what = f"{its} base '{parent}' has the fingerprint {now}, and had {then} when the clone was made"
             todo = "it is refused: put back the base that it was made from"
             return [Problem(Finding(name, "base-differs", what, str(path), todo))]
-        same = [base for base, record in self._records.items() if record.fingerprint == header.fingerprint]
-        if header.parent_name in self._base_names and header.parent_name not in self._records and not same:
+        same = [base for base, record in self._records.items() if record.fingerprint == lowest.fingerprint]
+        if lowest.parent_name in self._base_names and lowest.parent_name not in self._records and not same:
             todo = "see to the base; until then the clone is refused, and loses nothing"
             return [Problem(Finding(name, "orphan", f"{what} cannot be read", str(path), todo))]
         if not same:
@@ -337,7 +478,7 @@ class _Check:
         base = same[0]
         todo = f"base '{base}' has the same content: --repair makes it the clone's base"
         finding = Finding(name, "orphan", f"{what} is missing", str(path), todo)
-        if not sound:  # the header is put right first
+        if not sound or beneath.layers:  # the header is put right first; and the layer that is over the base
             return [Problem(finding)]
         return [Problem(finding, linked_to(self._fs, fd, self._records[base].id, base))]
 

@@ -42,6 +42,7 @@ from nbdclone.store.layer import (
     SEGMENT_SIZE,
     block_count,
     paint_bitmap,
+    paint_delta,
     uniform,
 )
 from nbdclone.store.repair import trailing_data
@@ -58,10 +59,13 @@ _SEQUENCE_AT, _PARENT_AT, _NAME_AT = 32, 56, 120
 class Examination:
     """One look at the file of clone ``name``. ``header`` is None where it cannot be read; ``problems`` is the rest.
 
-    ``in_use``: another process has it open. Then what only a crash or a close would settle is not told.
+    ``in_use``: another process has it open. Then what only a crash or a close would settle is not told. ``sealed``: it
+    is a layer, of which nobody reads the records.
     """
 
-    def __init__(self, fs: FileSystem, fd: int, path: Path, name: str, *, in_use: bool = False) -> None:
+    def __init__(
+        self, fs: FileSystem, fd: int, path: Path, name: str, *, in_use: bool = False, sealed: bool = False
+    ) -> None:
         self.problems: list[Problem] = []
         self.header: Header | None = None
         self._fs = fs
@@ -69,6 +73,7 @@ class Examination:
         self._path = path
         self._name = name
         self._in_use = in_use
+        self._sealed = sealed
         self._length = fs.fstat(fd).st_size
         self._lost: list[Range] = []
         self._examine_header()
@@ -331,13 +336,25 @@ class Examination:
             return
         blocks = recorded_blocks(self._fs, self._fd, header, [page for page in pages.values() if page])
         untold = [block for block in sorted(set(blocks)) if not is_marked(self._fs, self._fd, header, block)]
+        ranges = [_on_disk(header, 0, block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE) for block in untold]
+        if self._sealed:
+            self._add(
+                "not-sealed",
+                f"it is a layer, and has records: {len(untold)} blocks stand in them alone, where nobody reads them",
+                "put the file back from a backup" if untold else "they say nothing more, and --repair clears them",
+                at=at,
+                level=WRONG if untold else NOTE,
+                ranges=ranges,
+                patches=[] if untold else [(slot, EMPTY_PAGE) for slot, _ in at],
+            )
+            return
         self._add(
             "records",
             f"it was not closed: there are records of its last flushes, and {len(untold)} blocks stand in them alone",
             "they count, and the next change of the clone puts them into the map",
             at=at,
             level=NOTE,
-            ranges=[_on_disk(header, 0, block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE) for block in untold],
+            ranges=ranges,
         )
 
     # The length
@@ -411,21 +428,30 @@ def marked_runs(bitmap: bytes) -> list[Range]:
     return [(run.start(), run.end() - run.start()) for run in _MARKED.finditer(painted)]
 
 
-def read_from_below(fs: FileSystem, fd: int, header: Header, ranges: Sequence[Range]) -> int:
-    """How many bytes of the ranges the clone reads from its base. A map that is lost hides nothing."""
+def read_from(fs: FileSystem, chain: Sequence[tuple[int, Header]], origin: int, ranges: Sequence[Range]) -> int:
+    """How many bytes of the ranges are read from the layer of that number: 1 for the base, 2 for the lowest delta.
+
+    ``chain`` has the descriptor and the header of each delta, from the bottom upwards. A map that is lost hides
+    nothing.
+    """
     total = 0
-    segment, own = -1, uniform(NOWHERE)
-    recorded = set(recorded_blocks(fs, fd, header))  # before the maps, for a writer may be at work (docs/format.md)
+    segment, owners = -1, uniform(NOWHERE)
+    top, header = chain[-1]
+    recorded = set(recorded_blocks(fs, top, header))  # before the maps, for a writer may be at work (docs/format.md)
     for offset, length in ranges:
         end = min(offset + length, header.size)
         while offset < end:
             if offset // SEGMENT_SIZE != segment:
                 segment = offset // SEGMENT_SIZE
-                own = paint_bitmap(uniform(NOWHERE), _newest_map(fs, fd, header, segment), 1)
+                owners = uniform(1)
+                for index, (fd, delta) in enumerate(chain, start=2):
+                    bitmap = _newest_map(fs, fd, delta, segment)
+                    owners = paint_delta(segment, owners, bitmap, index, delta.overlap)
             start = offset - segment * SEGMENT_SIZE
             stop = min(end - segment * SEGMENT_SIZE, SEGMENT_SIZE)
             for block in range(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE)):
-                if own[block] == NOWHERE and segment * BLOCKS_PER_SEGMENT + block not in recorded:
+                is_own = segment * BLOCKS_PER_SEGMENT + block in recorded
+                if owners[block] == origin and (not is_own or origin == len(chain) + 1):
                     total += min(stop, (block + 1) * BLOCK_SIZE) - max(start, block * BLOCK_SIZE)
             offset = segment * SEGMENT_SIZE + stop
     return total

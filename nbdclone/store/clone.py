@@ -28,9 +28,11 @@ from pathlib import Path
 from types import TracebackType
 
 from nbdclone.errors import NBDCloneError, UsageError
-from nbdclone.store.delta import Delta
+from nbdclone.store.delta import Delta, set_bits
+from nbdclone.store.delta_file import EMPTY_BITMAP, NO_PARENT
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem, data_and_holes
 from nbdclone.store.layer import (
+    BITMAP_SIZE,
     BLOCK_SHIFT,
     BLOCK_SIZE,
     BLOCKS_PER_SEGMENT,
@@ -41,6 +43,7 @@ from nbdclone.store.layer import (
     Layer,
     block_count,
     may_hold_zeros,
+    paint_delta,
     uniform,
     zero_runs,
 )
@@ -71,11 +74,25 @@ class _Chain:
         self.readers = 0
         self.retired: tuple[Layer, ...] = ()  # to be closed after the last reader
 
+    @property
+    def parent_id(self) -> bytes:
+        """The id of what the delta on top stands on."""
+        return self.layers[-2].id if len(self.layers) > 1 else NO_PARENT
+
     def push(self, layer: Layer, sealed: Layer) -> None:
         """Put a layer on top, beneath which is ``sealed``: the same file as what was there, under the same number."""
         self.fds.append(layer.fd)
         self.strides.append(layer.stride)
         self.layers = (*self.layers[:-1], sealed, layer)
+
+
+class _Era:
+    """A time between two drops: how many readers in threads, who began in it, are under way."""
+
+    __slots__ = ("readers",)
+
+    def __init__(self) -> None:
+        self.readers = 0
 
 
 class Clone:
@@ -97,7 +114,12 @@ class Clone:
         self._use(_Chain(layers))
         self._changing = threading.Lock()
         self._counting = threading.Lock()
+        self._era = _Era()
+        self._past: list[_Era] = []  # eras before, as far as they have readers
         self._closed = False
+        # How often blocks came to be read from another layer than before, by no write: who works on all of them in
+        # steps sees by it that he has to look once more.
+        self.restacked = 0
 
     def _use(self, chain: _Chain) -> None:
         self._chain = chain
@@ -216,17 +238,25 @@ class Clone:
     def _reading(self) -> Iterator[_Chain]:
         """The chain, for a reader in a thread: it is not closed before him."""
         with self._counting:
-            chain = self._chain
+            chain, era = self._chain, self._era
             chain.readers += 1
+            era.readers += 1
         try:
             yield chain
         finally:
             with self._counting:
+                era.readers -= 1
                 chain.readers -= 1
                 retired = () if chain.readers else chain.retired
                 chain.retired = () if retired else chain.retired
             for layer in retired:
                 layer.close()
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[tuple[Layer, ...]]:
+        """The layers at present, which are not closed meanwhile."""
+        with self._reading() as chain:
+            yield chain.layers
 
     def _read(self, chain: _Chain, view: memoryview, offset: int, nowait: bool) -> None:
         done = 0
@@ -296,18 +326,20 @@ class Clone:
         ``limit`` steps, but not before it told something. A change that runs beside it is told, or not. Raises
         UsageError beyond the end, OSError.
         """
+        with self.surveyed(offset, length, limit) as (_layers, extents):
+            yield from extents
+
+    @contextlib.contextmanager
+    def surveyed(
+        self, offset: int, length: int, limit: int = MAX_EXTENTS
+    ) -> Iterator[tuple[tuple[Layer, ...], Iterator[Extent]]]:
+        """The same extents, and the layers to which their origins belong, also if the chain is exchanged meanwhile.
+
+        If a snapshot puts a new delta on top meanwhile, the origin of what is written then is above all these layers.
+        """
         self._require_inside(offset, length)
-        last: Extent | None = None
         with self._reading() as chain:
-            for extent in islice(self._stretches(chain, offset, length), limit):
-                if last is not None and last[1:] == extent[1:]:
-                    last = last._replace(length=last.length + extent.length)
-                    continue
-                if last is not None:
-                    yield last
-                last = extent
-        if last is not None:
-            yield last
+            yield chain.layers, _joined(islice(self._stretches(chain, offset, length), limit))
 
     def _stretches(self, chain: _Chain, offset: int, length: int) -> Iterator[Extent]:
         """The same, unbounded and unmerged: each within one segment and one layer."""
@@ -426,6 +458,7 @@ class Clone:
             self._chain.push(new, delta.seal(layer))
             self._delta = new
             self._top += 1
+            self.restacked += 1
 
     def resize(self, size: int) -> None:
         """Make the disk larger or smaller, durably. What is new reads as zeros, also what a smaller disk had there.
@@ -480,16 +513,18 @@ class Clone:
                 self._use(_Chain([*layers, delta]))
                 gone = (*old.retired, *old.layers[:-1])
                 old.retired = gone if old.readers else ()
+                self.restacked += 1
             if not old.readers:
                 for layer in gone:
                     layer.close()
         finally:
             self._changing.release()
 
-    def copy_up(self, offset: int, length: int, *, holes: bool = False) -> int:
+    def copy_up(self, offset: int, length: int, *, holes: bool = False, origin: int | None = None) -> int:
         """Make the delta own these whole blocks with the content that they have. Returns how many bytes it took over.
 
-        Nothing changes for a reader. What beneath is a hole stays there, unless ``holes`` is set. Not durable before a
+        Nothing changes for a reader. ``origin``: only what is read from that layer (1 is the one at the bottom). What
+        beneath is a hole stays there, unless ``holes`` is set: then it becomes one of the delta's. Not durable before a
         flush. Raises OSError (EDQUOT, ENOSPC), CloneFailed.
         """
         if offset + length == self.size:  # the last block goes whole, although the disk may end within it
@@ -502,7 +537,11 @@ class Clone:
                 self._writable().begin_changes(nowait=False)
                 start = offset
                 for extent in list(self._stretches(self._chain, offset, length)):
-                    if extent.origin not in (self._top, NOWHERE) and (holes or not extent.hole):
+                    wanted = extent.origin not in (self._top, NOWHERE) and origin in (None, extent.origin)
+                    if wanted and extent.hole and holes:
+                        self._zero_blocks(start, extent.length, nowait=False, allocate=False)
+                        taken += extent.length
+                    elif wanted and not extent.hole:
                         for at in range(start, start + extent.length, COPY_SIZE):
                             part = buffer[: min(COPY_SIZE, start + extent.length - at)]
                             self._read_block(part, at, nowait=False)
@@ -512,6 +551,148 @@ class Clone:
         finally:
             self.note_marks()
         return taken
+
+    def alike(self, offset: int, length: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Of these whole blocks, those that the delta could give up, as (offset, length): those of its data that read
+        the same without it; and those of its data that are zeros, and not the same.
+        """
+        with self._reading() as chain:
+            return self._alike(chain, offset, length, {})
+
+    def _alike(
+        self, chain: _Chain, offset: int, length: int, beneath: dict[int, bytes]
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """``beneath``: the owners without the delta, by segment; what is missing is put in."""
+        assert not (offset | length) & BLOCK_MASK
+        same: list[tuple[int, int]] = []
+        zeros: list[tuple[int, int]] = []
+        top = len(chain.layers)
+        for start, count in _pieces(offset, length):
+            for extent in self._stretches(chain, start, count):
+                for at in range(start, start + extent.length, COPY_SIZE):
+                    if extent.origin != top or extent.hole:
+                        break
+                    end = min(at + COPY_SIZE, start + extent.length)
+                    self._compare(chain, at, end - at, beneath, same, zeros)
+                start += extent.length
+        return same, zeros
+
+    def _compare(
+        self,
+        chain: _Chain,
+        offset: int,
+        length: int,
+        beneath: dict[int, bytes],
+        same: list[tuple[int, int]],
+        zeros: list[tuple[int, int]],
+    ) -> None:
+        """The same for blocks of the delta within one segment, which are data."""
+        segment = offset // SEGMENT_SIZE
+        if segment not in beneath:
+            beneath[segment] = self._beneath(chain, segment)
+        below = _Chain(chain.layers)
+        below.owners[segment] = beneath[segment]
+        mine, other = bytearray(length), bytearray(length)
+        self._read(chain, memoryview(mine), offset, nowait=False)
+        self._read(below, memoryview(other), offset, nowait=False)
+        if mine == other:
+            _add_run(same, offset, length)
+            return
+        for at in range(0, length, BLOCK_SIZE):
+            block = mine[at : at + BLOCK_SIZE]
+            if block == other[at : at + BLOCK_SIZE]:
+                _add_run(same, offset + at, BLOCK_SIZE)
+            elif block == _ZERO_BLOCK:
+                _add_run(zeros, offset + at, BLOCK_SIZE)
+
+    def _beneath(self, chain: _Chain, segment: int) -> bytes:
+        """The owners of the segment as they would be if the delta had no block."""
+        owners = uniform(NOWHERE)
+        for index, layer in enumerate(chain.layers[:-1], start=1):
+            owners = layer.paint(segment, owners, index, nowait=False)
+        return paint_delta(segment, owners, EMPTY_BITMAP, len(chain.layers), self._writable().header.overlap)
+
+    def drop(self, runs: Sequence[tuple[int, int]]) -> int:
+        """Let the delta give up the blocks of these runs, (offset, length), as far as they read the same without it.
+
+        Nothing changes for a reader. Returns how many bytes it gave up, durably: their space is given back by
+        :meth:`punch_dropped`. Syncs several times, so that clients' changes wait for as long. Raises OSError,
+        CloneFailed, and nothing was given up.
+        """
+        with self._changing:
+            delta = self._writable()
+            if self._chain.parent_id != delta.header.parent_id:
+                return 0  # it is being moved to another parent: what is alike here need not be alike there
+            delta.begin_changes(nowait=False)
+            beneath: dict[int, bytes] = {}
+            owners: dict[int, bytearray] = {}
+            given: dict[int, bytearray] = {}
+            dropped = 0
+            for offset, length in runs:
+                for at, count in self._alike(self._chain, offset, length, beneath)[0]:
+                    segment, within = divmod(at, SEGMENT_SIZE)
+                    first, end = within >> BLOCK_SHIFT, (within + count) >> BLOCK_SHIFT
+                    if segment not in owners:
+                        owners[segment] = bytearray(self._owners[segment])
+                        given[segment] = bytearray(BITMAP_SIZE)
+                    owners[segment][first:end] = beneath[segment][first:end]
+                    set_bits(given[segment], first, end - 1)
+                    dropped += count
+            if dropped:
+                delta.give_up(given)
+                # The map is durable, in one slot at least: from here on it is done.
+                self._owners.update(owners)
+                with self._counting:
+                    self._past.append(self._era)
+                    self._era = _Era()
+                self.restacked += 1
+                delta.settle_all()
+        return dropped
+
+    def make_holes(self, runs: Sequence[tuple[int, int]]) -> int:
+        """Make holes of those blocks of these runs that are the delta's, and zeros. Returns how many bytes."""
+        made = 0
+        with self._changing:
+            self._writable().begin_changes(nowait=False)
+            beneath: dict[int, bytes] = {}
+            for offset, length in runs:
+                for at, count in self._alike(self._chain, offset, length, beneath)[1]:
+                    self._zero_blocks(at, count, nowait=False, allocate=False)
+                    made += count
+        return made
+
+    def punch_dropped(self, segment: int) -> bool:
+        """Give back what space of the delta's file, in one segment, is that of blocks which are not the delta's.
+
+        Blocks that were dropped have it, and writes that a crash cut off. False, and nothing was done: somebody still
+        reads who began before a drop. To be called when no ``*_nowait`` can be at work any more that began before the
+        last drop. Raises OSError, CloneFailed.
+        """
+        with self._changing:
+            with self._counting:
+                self._past = [era for era in self._past if era.readers]
+                if self._past:
+                    return False
+            delta = self._writable()
+            delta.begin_changes(nowait=False)
+            owners = bytes(self._owners_of(self._chain, segment, nowait=False))
+            # Both slots of the map durably say that the blocks are not the delta's: else a page that rots, or is torn,
+            # would bring back the other, and with it holes in the place of what lies beneath.
+            if not delta.settled(segment):
+                delta.settle_all()
+                if not delta.settled(segment):
+                    return True
+            last = min(BLOCKS_PER_SEGMENT, block_count(self.size) - segment * BLOCKS_PER_SEGMENT)
+            origin = segment * SEGMENT_SIZE + (segment + 1) * delta.stride
+            for run in _RUN.finditer(owners, 0, last):
+                if run[0][0] != self._top:
+                    start, stop = (origin + (at << BLOCK_SHIFT) for at in run.span())
+                    for hole, end in list(data_and_holes(self._fs, delta.fd, start, stop, BLOCK_SIZE)):
+                        if not hole:
+                            self._fs.punch(delta.fd, start, end - start)
+                            delta.touched()
+                        start = end
+            return True
 
     def _write(self, view: memoryview, offset: int, nowait: bool) -> None:
         if not self._changing.acquire(not nowait):
@@ -701,6 +882,28 @@ class Clone:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _add_run(runs: list[tuple[int, int]], offset: int, length: int) -> None:
+    """Add a run that comes behind those that are there, and is joined with the last of its segment."""
+    if runs and sum(runs[-1]) == offset and offset % SEGMENT_SIZE:
+        runs[-1] = (runs[-1][0], runs[-1][1] + length)
+    else:
+        runs.append((offset, length))
+
+
+def _joined(extents: Iterator[Extent]) -> Iterator[Extent]:
+    """The same with neighbours that are alike as one."""
+    last: Extent | None = None
+    for extent in extents:
+        if last is not None and last[1:] == extent[1:]:
+            last = last._replace(length=last.length + extent.length)
+            continue
+        if last is not None:
+            yield last
+        last = extent
+    if last is not None:
+        yield last
 
 
 def _pieces(offset: int, length: int) -> Iterator[tuple[int, int]]:

@@ -18,9 +18,10 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from nbdclone.errors import CloneFailed, CorruptDelta, InUse, NotFound, StorageError
 from nbdclone.store.delta_file import (
@@ -37,6 +38,7 @@ from nbdclone.store.delta_file import (
     read_header,
     renew_header,
     set_length,
+    write_header,
 )
 from nbdclone.store.delta_map import DeltaMap, cut_off
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem
@@ -106,17 +108,19 @@ class Delta:
             fs.close(fd)
 
     @classmethod
-    def open(cls, path: Path, what: str, fs: FileSystem = FILE_SYSTEM) -> Delta:
+    def open(cls, path: Path, what: str, fs: FileSystem = FILE_SYSTEM, *, shared: bool = False) -> Delta:
         """Open a delta for writing and take its lock. ``what`` begins the messages: "clone 'web1'".
 
-        Costs the same whatever its size. Raises NotFound, InUse, CorruptDelta, UnsupportedFormat.
+        ``shared``: it is a layer, which others read; it may gain blocks that change nothing for them, of whatever size.
+        The caller sees to it that nobody else does that. Costs the same whatever its size. Raises NotFound, InUse,
+        CorruptDelta, UnsupportedFormat.
         """
         try:
             fd = fs.open_file(path, os.O_RDWR)
         except FileNotFoundError:
             raise NotFound(f"{what} is not there ({path})") from None
         try:
-            fs.lock(fd, path, what)
+            fs.lock(fd, path, what, shared=shared)
             status = fs.fstat(fd)
             if not fs.still_there(path, status):
                 raise NotFound(f"{what} was removed just now ({path})")
@@ -126,7 +130,7 @@ class Delta:
             renew_header(fd, path, header, fs)
             if status.st_size > file_size(header.size):  # a change of the size was interrupted
                 cut_off(path, fd, header, fs)
-            delta = cls(path, header, fd, fs)
+            delta = cls(path, replace(header, quota=0) if shared else header, fd, fs)
             delta._inherit()
         except BaseException:
             fs.close(fd)
@@ -140,14 +144,14 @@ class Delta:
             for block, count in self._live.inherit():
                 segment, first = divmod(block, BLOCKS_PER_SEGMENT)
                 if block + count <= block_count(self.size) and first + count <= BLOCKS_PER_SEGMENT:
-                    _set_bits(marks.setdefault(segment, bytearray(BITMAP_SIZE)), first, first + count - 1)
+                    set_bits(marks.setdefault(segment, bytearray(BITMAP_SIZE)), first, first + count - 1)
             for segment, marked in marks.items():
                 self._merge(segment, marked)
             # Not before the live map was asked: it may have dropped from the cache what the disk never got.
             for block in self._journal.inherit(self.header):
                 segment, within = divmod(block, BLOCKS_PER_SEGMENT)
                 bitmap = bytearray(BITMAP_SIZE)
-                _set_bits(bitmap, within, within)
+                set_bits(bitmap, within, within)
                 self._merge(segment, bitmap)
             self._hindered = self._journal.leftover
         except BaseException:
@@ -193,12 +197,21 @@ class Delta:
             self.header = replace(self.header, quota=read_header(self.fd, str(self.path), self._fs, nowait).quota)
         return self.header.quota
 
+    def change_header(self, **changes: Any) -> None:
+        """Write the header with these fields changed, durably: see ``delta_file.change_header``. Raises OSError."""
+        self.require_sound()
+        self.header = write_header(self.fd, self.path, self._fs, **changes)
+
     # The map
 
     @property
     def damaged_pages(self) -> list[str]:
         """The slots of the map that failed their checksum; the other slot served."""
         return self._map.damaged_pages
+
+    @property
+    def id(self) -> bytes:
+        return self.header.id
 
     def paint(self, segment: int, owners: bytes, index: int, nowait: bool) -> bytes:
         return paint_delta(segment, owners, self._map.load(segment, nowait).bitmap, index, self.header.overlap)
@@ -229,7 +242,7 @@ class Delta:
                 bitmap = state.bitmap = bytearray(bitmap)
             if self._young.counts:
                 self._young.add(segment, first, last, bitmap)
-            _set_bits(bitmap, first, last)
+            set_bits(bitmap, first, last)
             self._map.dirty.add(segment)
         self._live.note(segment * BLOCKS_PER_SEGMENT + first, last - first + 1)
 
@@ -454,25 +467,90 @@ class Delta:
 
     def settle_all(self) -> None:
         """Flush, and leave each map page in both slots, durable, and no records."""
-        if self._map.torn:
-            self.touched()  # there is something for the flush to do
         with self._flushing:
             self.require_sound()
-            if self._journal.leftover:
-                self._recover()
+            self._settle()
+
+    def _settle(self) -> None:
+        """The same with the lock."""
+        if self._map.torn:
+            self.touched()  # there is something for the flush to do
+        if self._journal.leftover:
+            self._recover()
+        self._flush(journaling=False)
+        if self._map.unmirrored or self._journal.used:
+            # Everything is durable already: a copy that cannot be made (a full disk) is no reason to fail.
+            with contextlib.suppress(OSError):
+                self._map.mirror(set(self._map.unmirrored))
+                if self._journal.used:
+                    self._journal.wipe()
+            self._sync()
+        if self._map.dirty:  # a page that was to be copied had rotted
             self._flush(journaling=False)
-            if self._map.unmirrored or self._journal.used:
-                # Everything is durable already: a copy that cannot be made (a full disk) is no reason to fail.
-                with contextlib.suppress(OSError):
-                    self._map.mirror(set(self._map.unmirrored))
-                    if self._journal.used:
-                        self._journal.wipe()
-                self._sync()
-            if self._map.dirty:  # a page that was to be copied had rotted
-                self._flush(journaling=False)
+
+    def settled(self, segment: int) -> bool:
+        """Do both slots of the segment's map say, durably, what it is? So :meth:`settle_all` leaves it, if it can."""
+        return not (self._journal.leftover or self._map.changing(segment))
+
+    def give_up(self, blocks: Mapping[int, bytes | bytearray]) -> None:
+        """Let go of the blocks whose bits are set in these bitmaps, by segment. They read the same without the delta.
+
+        Nobody changes the delta meanwhile. Their data stays in the file, to be punched when the map is settled: for
+        who reads the old page of the map still needs it. Raises OSError, CloneFailed: then nothing was given up.
+
+        This is the one place where a map loses bits. What else tells of blocks that are the delta's must not bring one
+        back when its data is gone:
+
+        - a flush under way: there is none (the lock), and everything is settled first: no page is put off, none is
+          dirty, and both slots have the same map. So the new page has nothing new but the bits that are gone.
+        - young blocks: settling leaves none, and no record is relied on. The records are wiped with the same sync that
+          makes the page durable. A power cut before its end may leave a record with the old page or with the new one:
+          a block that it tells of has its data, which is punched later, and reads the same either way.
+        - marks beside the delta: a kill would bring them back into the map. All are in it, so their file is removed
+          first; if it cannot be, nothing is given up. After a power cut they are not believed.
+        - the page in the other slot: the caller settles again before he punches, and looks whether it was done.
+        - a page that a power cut tears while it is written: the other slot serves, with all the data there. The zeros
+          that wipe it may complete it (see ``DeltaMap.wipe``) in the sync of the next flush at the latest, before
+          anything that was written since is promised: so the blocks read from below what they held.
+        """
+        with self._flushing:
+            self.require_sound()
+            self._settle()
+            if self._map.dirty or any(self._map.changing(segment) for segment in blocks):
+                raise OSError(errno.EIO, f"{self.path}: the map cannot be written to both of its places")
+            self._live.clear()
+            if self._journal.used:
+                self._journal.wipe()
+            kept = {
+                segment: int.from_bytes(self._map.segments[segment].bitmap, "big") & ~int.from_bytes(given, "big")
+                for segment, given in blocks.items()
+            }
+            noted = {segment: bits.to_bytes(BITMAP_SIZE, "big") for segment, bits in kept.items()}
+            try:
+                self._map.write(noted)
+            except BaseException:
+                self._take_back(noted)
+                raise
+            self._sync()
+            self._map.written(noted)
+            with self._lock:
+                for segment, bitmap in noted.items():
+                    self._map.segments[segment].bitmap = bitmap
+
+    def _take_back(self, noted: Mapping[int, bytes]) -> None:
+        """Pages were written that are not to be in force: put the ones in force over them, or write nothing more.
+
+        They are in the page cache, where the next process would find them, with blocks that were changed since.
+        """
+        try:
+            self._map.mirror(noted.keys())
+            if self._map.dirty:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        except OSError as error:
+            self._fail(error)
 
 
-def _set_bits(bitmap: bytearray, first: int, last: int) -> None:
+def set_bits(bitmap: bytearray, first: int, last: int) -> None:
     """Set bits ``first`` to ``last``; bit 0 is the most significant of byte 0."""
     if first == last:
         bitmap[first >> 3] |= 0x80 >> (first & 7)

@@ -229,14 +229,19 @@ def change_header(path: Path, fs: FileSystem = FILE_SYSTEM, **changes: Any) -> H
     """
     fd = fs.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        header = read_header(fd, str(path), fs)
-        changed = replace(header, sequence=header.sequence + 1, **changes)
-        page = header.encode()
-        for slot in sorted(HEADER_SLOTS, key=lambda slot: read_page(fs, fd, slot, nowait=False) == page):
-            fs.pwrite_all(fd, changed.encode(), slot)
-            fs.datasync(fd)
+        return write_header(fd, path, fs, **changes)
     finally:
         fs.close(fd)
+
+
+def write_header(fd: int, path: Path, fs: FileSystem, **changes: Any) -> Header:
+    """The same through a descriptor."""
+    header = read_header(fd, str(path), fs)
+    changed = replace(header, sequence=header.sequence + 1, **changes)
+    page = header.encode()
+    for slot in sorted(HEADER_SLOTS, key=lambda slot: read_page(fs, fd, slot, nowait=False) == page):
+        fs.pwrite_all(fd, changed.encode(), slot)
+        fs.datasync(fd)
     return changed
 
 

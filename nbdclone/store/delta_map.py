@@ -86,6 +86,10 @@ class DeltaMap:
         start = segment * SEGMENT_SPAN
         pages = [read_page(self._fs, self._fd, start + slot, nowait) for slot in MAP_SLOTS]
         read = [decode_map_page(page, segment, self._id) for page in pages]
+        if any(decoded is None and page != EMPTY_PAGE for page, decoded in zip(pages, read, strict=True)):
+            # Perhaps it is just being written: a layer gains blocks while others read it.
+            pages = [read_page(self._fs, self._fd, start + slot, nowait) for slot in MAP_SLOTS]
+            read = [decode_map_page(page, segment, self._id) for page in pages]
         for slot, (page, decoded) in enumerate(zip(pages, read, strict=True)):
             if decoded is None and page != EMPTY_PAGE:
                 self._note_damage(segment, slot)
@@ -127,7 +131,9 @@ class DeltaMap:
 
         A page that a crash tore has sectors of a newer map, whose blocks have been read from below since. If another
         page were written over it at once, and torn by the next crash, the newer map could come together after all.
-        Zeros cannot do that: a map only gains bits, so what a torn page has not got of the newer one is not zeros.
+        Zeros cannot do that: a map only gains bits, so what a torn page has not got of the newer one is not zeros. But
+        for a page that has nothing new, and lost bits (``Delta.give_up``): one that comes together by the zeros does no
+        harm until the sync that makes these durable is done, and then it is gone.
         """
         with self.lock:
             torn = set(self.torn)
@@ -135,6 +141,11 @@ class DeltaMap:
             slot = 1 - self.segments[segment].slot
             self._fs.pwrite_all(self._fd, EMPTY_PAGE, segment * SEGMENT_SPAN + MAP_SLOTS[slot])
         return torn
+
+    def changing(self, segment: int) -> bool:
+        """Is one of the segment's slots not what it is to be, durably?"""
+        with self.lock:
+            return segment in self.dirty or segment in self.unmirrored or segment in self.torn
 
     def wiped(self, segments: Collection[int]) -> None:
         """The zeros are durable."""

@@ -39,7 +39,7 @@ def open_for_reading(pool: Pool, name: str) -> Clone:
     """What is called so, to be read from beginning to end while nobody changes it.
 
     A clone is locked meanwhile. One that a server has open at the moment is refused (InUse): its writers would change
-    it between the beginning and the end, so it takes a snapshot first, and that is what is read. Raises what
+    it between the beginning and the end; who asks takes a snapshot first, and reads that. Raises what
     ``Pool.open_clone`` raises.
     """
     return pool.open_clone(name)

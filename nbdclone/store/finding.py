@@ -35,6 +35,12 @@ KINDS = frozenset(
         "too-long",
         "delta-missing",
         "orphan",
+        "layer-missing",
+        "layer-other",
+        "cycle",
+        "not-sealed",
+        "snapshot-damaged",
+        "snapshot-lost",
         "base-differs",
         "record-missing",
         "record-damaged",
@@ -60,7 +66,8 @@ KINDS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that a check found. ``name`` is a base's or clone's, empty for the pool itself.
+    """One thing that a check found. ``name`` is a base's, clone's or snapshot's, "layer ID" for a layer that
+    is no snapshot, empty for the pool itself.
 
     ``kind`` is for programs, and stays. ``level``: WRONG, or NOTE for what does no harm. ``ranges`` are bytes of the
     disk, (offset, length). ``kept`` is the file that has the bytes as they were before the repair.

@@ -202,6 +202,10 @@ class Image:
             raise
         return cls(name, directory, _kept(record), fd, fs)
 
+    @property
+    def id(self) -> bytes:
+        return self.record.id
+
     def paint(self, segment: int, owners: bytes, index: int, nowait: bool) -> bytes:
         blocks = min(max(block_count(self.size) - segment * BLOCKS_PER_SEGMENT, 0), BLOCKS_PER_SEGMENT)
         return uniform(index)[:blocks] + owners[blocks:]

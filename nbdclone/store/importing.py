@@ -80,7 +80,7 @@ def import_image(
             size, hashes = _take_converted(source, target, force, fs)
     finally:
         os.close(source_fd)
-    return _record_base(directory, size, hashes, str(source.absolute()), fs, immutable=immutable)
+    return record_base(directory, size, hashes, str(source.absolute()), fs, immutable=immutable)
 
 
 def make_base(directory: Path, source: str, fs: FileSystem) -> Iterator[tuple[int, int]]:
@@ -98,13 +98,24 @@ def make_base(directory: Path, source: str, fs: FileSystem) -> Iterator[tuple[in
         _seal(fd, fs)
     finally:
         fs.close(fd)
-    _record_base(directory, size, hashes, source, fs, immutable=False)
+    record_base(directory, size, hashes, source, fs)
 
 
-def _record_base(
-    directory: Path, size: int, hashes: dict[int, bytes], source: str, fs: FileSystem, *, immutable: bool
+def record_base(
+    directory: Path,
+    size: int,
+    hashes: dict[int, bytes],
+    source: str,
+    fs: FileSystem,
+    *,
+    base_id: bytes | None = None,
+    created: int | None = None,
+    immutable: bool = False,
 ) -> BaseRecord:
-    """What tells that the image there is a base, and which."""
+    """Write the manifest and the record of the image in ``directory``, durably, with the hashes of its chunks.
+
+    ``base_id``, ``created``: if it is a base that was made before. From here on, nobody writes to the image.
+    """
     _write_manifest(directory / "manifest", hashes, size, fs)
     fingerprint = fingerprint_of(size, read_manifest(directory / "manifest", size))
     fd = fs.open(directory / "image", os.O_RDONLY | os.O_CLOEXEC)
@@ -115,7 +126,8 @@ def _record_base(
         identity = Identity.of(fs.fstat(fd))
     finally:
         fs.close(fd)
-    record = BaseRecord(uuid.uuid4().bytes, size, fingerprint, time.time_ns(), source, identity, samples)
+    base_id, created = base_id or uuid.uuid4().bytes, created or time.time_ns()
+    record = BaseRecord(base_id, size, fingerprint, created, source, identity, samples)
     save(directory / "base.json", record.dump(), fs)
     return record
 

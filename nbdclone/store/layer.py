@@ -46,6 +46,10 @@ class Layer(Protocol):
     stride: int
     size: int
 
+    @property
+    def id(self) -> bytes:
+        """What deltas above name as their parent."""
+
     def paint(self, segment: int, owners: bytes, index: int, nowait: bool) -> bytes:
         """Return ``owners`` (a byte per block of the segment) with ``index`` at each block that this layer holds.
 

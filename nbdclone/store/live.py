@@ -11,7 +11,7 @@ its next flush must cover it. So each mark is also written to a file beside the 
 
 Marks are gathered by :meth:`LiveMap.note` and written by :meth:`LiveMap.write`, once for all the writes that are
 acknowledged together. A mark that counts although a flush has covered it does no harm: a block that is the delta's
-stays the delta's.
+stays the delta's, unless the delta gives it up: :meth:`LiveMap.clear` comes before that.
 
 The file is never synced and means nothing after a power cut. The next to open the delta believes it only if the delta's
 inode never left the kernel's memory meanwhile, and with it its pages: after a boot, or an unmount, what this file tells
@@ -174,6 +174,19 @@ class LiveMap:
                 self._fs.pwrite_all(self._fd, bytes(MARK_SIZE), MARKS_AT)
                 start = self._end = MARKS_AT
             self._fs.pwrite_all(self._fd, START.pack(start), START_AT)
+
+    def clear(self) -> None:
+        """All that was noted is in the map, durably, and nothing of it may be inherited any more.
+
+        Raises OSError, and then it may be. Nobody changes the clone meanwhile.
+        """
+        with self._lock:
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.unlink(self.path)
+            self.close()
+            self._written += len(self._pending)
+            self._pending.clear()
+            self._end, self._space, self.room = MARKS_AT, 0, sys.maxsize if self._broken else 0
 
     def note_failure(self) -> None:
         """A sync failed: nobody is to believe the cache after this process."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from nbdclone.errors import BaseChanged, CorruptDelta, NBDCloneError, NotFound
+from nbdclone.errors import BaseChanged, CorruptDelta, NBDCloneError, NotFound, StorageError
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import NO_PARENT, Header
@@ -37,7 +37,12 @@ def open_disk(places: Places, name: str) -> Clone:
 def open_snapshot(places: Places, name: str) -> list[Layer]:
     """The layers of a snapshot, from the bottom upwards. Raises NotFound, and what :func:`open_disk` raises."""
     what = f"snapshot '{name}'"
-    top = Sealed.open(places.layer(places.snapshot(name).layer), what, places.fs)
+    layer_id = places.snapshot(name).layer
+    try:
+        top = open_layer(places, layer_id, what)
+    except NotFound as error:
+        places.snapshot(name)  # or it was removed just now
+        raise StorageError(f"{what} is refused: its layer is missing ({places.layer(layer_id)})") from error
     try:
         return [*open_beneath(places, what, top.header), top]
     except BaseException:
@@ -45,8 +50,39 @@ def open_snapshot(places: Places, name: str) -> list[Layer]:
         raise
 
 
+def open_layer(places: Places, layer_id: bytes, what: str) -> Sealed:
+    """Raises NotFound, InUse (it is being removed), CorruptDelta (also where it is another), UnsupportedFormat."""
+    layer = Sealed.open(places.layer(layer_id), what, places.fs)
+    if layer.header.id != layer_id:
+        layer.close()
+        raise CorruptDelta(str(layer.path), f"{what}: another delta stands there, {layer.header.id.hex()}")
+    return layer
+
+
 def open_beneath(places: Places, what: str, header: Header) -> list[Layer]:
-    """The layers beneath the delta with that header, from the bottom upwards. ``what`` begins the messages."""
+    """The layers beneath the delta with that header, from the bottom upwards. ``what`` begins the messages.
+
+    A layer may be merged into the one above it meanwhile: then the chain is another.
+    """
+    while True:
+        chain = _chain(places, header)
+        try:
+            return _open_beneath(places, what, header)
+        except (NBDCloneError, OSError):
+            if _chain(places, header) == chain:
+                raise
+
+
+def _chain(places: Places, header: Header) -> list[bytes]:
+    """The ids of the layers, and of what is at the bottom."""
+    found = [header.parent_id]
+    with contextlib.suppress(NBDCloneError, OSError):
+        while len(found) <= MAX_LAYERS and places.layer(found[-1]).exists():
+            found.append(places.header(places.layer(found[-1])).parent_id)
+    return found
+
+
+def _open_beneath(places: Places, what: str, header: Header) -> list[Layer]:
     with contextlib.ExitStack() as held:
         found: list[Layer] = []
         seen = {header.id}
@@ -55,9 +91,7 @@ def open_beneath(places: Places, what: str, header: Header) -> list[Layer]:
                 raise CorruptDelta(str(places.path), f"{what} is beneath itself, or on more than {MAX_LAYERS} layers")
             seen.add(header.parent_id)
             try:
-                layer = Sealed.open(
-                    places.layer(header.parent_id), f"{what}: layer {header.parent_id.hex()}", places.fs
-                )
+                layer = open_layer(places, header.parent_id, f"{what}: layer {header.parent_id.hex()}")
             except NotFound:
                 base = open_parent(places, what, header)
                 held.callback(base.close)
@@ -77,7 +111,8 @@ def open_parent(places: Places, what: str, header: Header) -> Image:
     except NBDCloneError as error:
         raise type(error)(f"{what} is refused: its base '{header.parent_name}': {error}") from None
     if parent is None:
-        raise BaseChanged(f"{what}: its base '{header.parent_name}' ({header.parent_id.hex()}) is missing")
+        kind = "layer" if "@" in header.parent_name else "base"
+        raise BaseChanged(f"{what}: its {kind} '{header.parent_name}' ({header.parent_id.hex()}) is missing")
     try:
         base = Image.open(parent, places.bases / parent, places.fs)
     except BaseChanged as error:

@@ -21,6 +21,7 @@ import contextlib
 import errno
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,6 +42,11 @@ EPHEMERAL = "ephemeral"
 STAGING_LOCK = ".lock"
 CONTROL_SOCKET = ".control"
 NEW_CONTROL_SOCKET = ".control.new"
+# How the directories in ``.tmp`` begin that keep what came of a stream, and for how long: time to notice, and to send
+# the rest of it. ('nbdclone receive --forget' does not wait.)
+RECEIVED = "receive-"
+RECEIVED_STATE = "state.json"
+KEEP_RECEIVED_S = 14 * 86400
 # What is in a pool's directory.
 ENTRIES = {"bases", "clones", "layers", SETTINGS, CONTROL_SOCKET, NEW_CONTROL_SOCKET, ".lock", ".server", ".tmp"}
 # A record of a snapshot has some 90 bytes; whatever is longer is none.
@@ -67,11 +73,21 @@ class Snapshot(NamedTuple):
             with open(fd, encoding="ascii") as file:
                 read = json.loads(file.read(MAX_RECORD))
             layer, created = bytes.fromhex(read["layer"]), int(read["created"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StorageError(f"{path}: not a snapshot's record ({error})") from None
         if len(layer) != 16:
             raise StorageError(f"{path}: not a snapshot's record (an id of {len(layer)} bytes)")
         return cls(layer, created)
+
+
+def is_kept(path: Path) -> bool:
+    """Is this, in ``.tmp``, what came of a stream that may still go on?"""
+    if not path.name.startswith(RECEIVED):
+        return False
+    try:
+        return time.time() - os.stat(path / RECEIVED_STATE).st_mtime < KEEP_RECEIVED_S
+    except FileNotFoundError:  # so little came that nothing was noted
+        return False
 
 
 class Places:
@@ -135,11 +151,11 @@ class Places:
         finally:
             self.fs.close(fd)
 
-    def snapshots(self, clone: str, own_id: bytes | None = None) -> dict[str, Snapshot]:
+    def snapshots(self, clone: str, own_id: bytes | None = None, *, strict: bool = False) -> dict[str, Snapshot]:
         """The snapshots of a clone by name, oldest first. ``own_id``: of its delta, if that is known.
 
         One whose layer is still the clone's own delta was cut off before its commit, and does not count. One that
-        cannot be read is left out.
+        cannot be read is left out; ``strict``: raises StorageError.
         """
         directory = self.clones / clone / SNAPSHOTS
         found: dict[str, Snapshot] = {}
@@ -151,7 +167,7 @@ class Places:
             with contextlib.suppress(NBDCloneError, OSError):
                 own_id = self.header(self.delta(clone)).id
         for name in names:
-            with contextlib.suppress(NBDCloneError):
+            with contextlib.suppress(NotFound if strict else NBDCloneError):
                 found[name] = Snapshot.load(directory / name, self.fs)
         counting = [item for item in found.items() if item[1].layer != own_id]
         return dict(sorted(counting, key=lambda item: (item[1].created, item[0])))
@@ -213,7 +229,7 @@ class Places:
         for name in os.listdir(self.tmp):
             path = self.tmp / name
             with contextlib.suppress(OSError):
-                if not is_locked_directory(path, STAGING_LOCK):
+                if not is_kept(path) and not is_locked_directory(path, STAGING_LOCK):
                     thaw_bases(self.fs, path)
                     self.fs.remove_tree(path, ignore_errors=True)
 

@@ -29,6 +29,7 @@ from nbdclone.store.opening import open_beneath, open_disk
 from nbdclone.store.places import ENTRIES, EPHEMERAL, Places
 from nbdclone.store.removal import remove
 from nbdclone.store.sealed import Sealed
+from nbdclone.store.since import snapshots_beneath
 from nbdclone.store.snapshots import go_back, take_snapshot
 
 logger = logging.getLogger("nbdclone")
@@ -165,6 +166,8 @@ class Pool:
                 self._fs.for_each(make, names)
                 with self.places.changing():
                     self.places.require_free(names)
+                    if split_name(source)[1] is not None:
+                        self.places.snapshot(source)  # without a name, its layer may be about to go
                     if not self._fs.still_there(path, self._fs.fstat(parent.fd)):
                         raise NotFound(
                             f"'{source}' was removed just now"
@@ -192,13 +195,14 @@ class Pool:
         assert isinstance(info, CloneInfo)
         return info
 
-    def remove(self, names: Sequence[str]) -> None:
+    def remove(self, names: Sequence[str], still: Callable[[], bool] = lambda: True) -> None:
         """Remove clones, bases and snapshots, all or none.
 
         Raises NotFound; InUse, naming the dependants that are not removed along with it, or the process that has a
-        clone open. Needs no space: on a full disk this is what makes some.
+        clone open. Needs no space: on a full disk this is what makes some. ``still`` is asked when it is our turn: are
+        they to go?
         """
-        remove(self.places, names)
+        remove(self.places, names, still)
 
     # Snapshots
 
@@ -247,6 +251,13 @@ class Pool:
             self.places.snapshot(name)
         else:
             self.places.place(name)
+
+    def snapshots_beneath(self, name: str) -> dict[str, bytes]:
+        """The snapshots since which it is known what was changed in an export: of each the layer's id, by its name.
+
+        None if there is no such export. Raises StorageError, OSError.
+        """
+        return snapshots_beneath(self.places, name)
 
     def open_clone(self, name: str) -> Clone:
         """Open a clone for reading and writing, or a base or snapshot for reading.

@@ -33,7 +33,7 @@ def promote(target: Target, name: str, new: str) -> Steps:
         try:
             yield from _copy(places, target, f"{clone}@{snapshot}", new)
         finally:
-            target.pool.remove([f"{clone}@{snapshot}"])
+            yield from target.run("rm", {"names": [f"{clone}@{snapshot}"]})
     else:
         yield from _copy(places, target, name, new)
     info = target.pool.info(new)

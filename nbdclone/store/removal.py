@@ -96,6 +96,9 @@ class _Removal:
             if directory.is_dir():  # it may have gone with its clone
                 self._fs.unlink(directory / str(snapshot))
                 self._fs.sync_directory(directory)
+        if self._snapshots:  # a server looks at it, and sees that there may be a layer to be merged
+            with contextlib.suppress(OSError):
+                os.utime(self._places.layers)
 
     def _rename_all(self, pairs: Sequence[tuple[Path, Path]]) -> None:
         """Rename (from, to), all or, if one fails, none. Bases go last, when their clones durably went."""
@@ -121,7 +124,7 @@ class _Removal:
                 raise InUse(
                     f"no base is removed while it cannot be told which one clone '{info.name}' needs: {info.error}"
                 )
-        needed = _needed_layers(self._places, [name for name in self._clone_names() if name not in going])
+        needed = needed_layers(self._places, [name for name in self._clone_names() if name not in going])
         for info in entries:
             if info.name not in going:
                 continue
@@ -162,8 +165,11 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _needed_layers(places: Places, clones: Sequence[str]) -> dict[bytes, set[str]]:
-    """The layers beneath these clones and beneath their snapshots, and which clones need each. Raises StorageError."""
+def needed_layers(places: Places, clones: Sequence[str], *, strict: bool = False) -> dict[bytes, set[str]]:
+    """The layers beneath these clones and beneath their snapshots, and which clones need each. Raises StorageError.
+
+    ``strict``: also where the record of a snapshot cannot be read; it may name any of them.
+    """
     needed: dict[bytes, set[str]] = {}
     for clone in clones:
         try:
@@ -173,7 +179,7 @@ def _needed_layers(places: Places, clones: Sequence[str]) -> dict[bytes, set[str
         tops = [
             header.parent_id,
             header.origin,
-            *(snapshot.layer for snapshot in places.snapshots(clone, header.id).values()),
+            *(snapshot.layer for snapshot in places.snapshots(clone, header.id, strict=strict).values()),
         ]
         for layer_id in tops:
             while clone not in needed.get(layer_id, ()) and places.layer(layer_id).exists():
@@ -186,11 +192,11 @@ def collect(places: Places, held: contextlib.ExitStack, going: list[tuple[Path, 
     """Remove the layers that nothing is above and no snapshot names; to be called when changing.
 
     What is renamed away is added to ``going``, to be removed when ``held`` is closed. A layer that somebody reads stays
-    until the next time, and so do all if one clone cannot be read: it may need any of them.
+    until the next time, and so do all if one clone, or one record of a snapshot, cannot be read: it may need any.
     """
     fs = places.fs
     with contextlib.suppress(NBDCloneError):
-        needed = _needed_layers(places, places.names_in(places.clones))
+        needed = needed_layers(places, places.names_in(places.clones), strict=True)
         for layer_id in places.layer_ids():
             if layer_id in needed:
                 continue

@@ -50,6 +50,8 @@ class Sealed:
             status = fs.stat(path)
             with _opening:
                 if known := _opened.get((fs, status.st_dev, status.st_ino)):
+                    # A merge may have given it another parent.
+                    known.header = read_header(known.fd, str(path), fs)
                     known._users += 1
                     return known
             fd = fs.open_file(path, os.O_RDONLY)
@@ -67,6 +69,10 @@ class Sealed:
         except BaseException:
             fs.close(fd)
             raise
+
+    @property
+    def id(self) -> bytes:
+        return self.header.id
 
     def paint(self, segment: int, owners: bytes, index: int, nowait: bool) -> bytes:
         return paint_delta(segment, owners, self._map.read(segment, nowait).bitmap, index, self.header.overlap)

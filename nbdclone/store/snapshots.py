@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nbdclone.errors import NameTaken, NotFound, UsageError
+from nbdclone.errors import NameTaken, NotFound, StorageError, UsageError
 from nbdclone.store.catalog import Catalog
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
@@ -31,7 +31,7 @@ from nbdclone.store.image import BaseRecord
 from nbdclone.store.layer import MAX_LAYERS
 from nbdclone.store.names import validate_name
 from nbdclone.store.places import SNAPSHOTS, Places, Snapshot
-from nbdclone.store.removal import collect
+from nbdclone.store.removal import collect, needed_layers
 from nbdclone.store.space import freed_in, layer_needs
 
 # What a delta without blocks takes.
@@ -113,7 +113,7 @@ def _try_snapshot(places: Places, clone: Clone, snapshot: str, hold: Callable[[C
                     hold(lambda: clone.stack(commit, places.layer(old.id)))
                 finally:
                     if not committed:
-                        with contextlib.suppress(OSError):
+                        with contextlib.suppress(OSError, StorageError):
                             clear_cut_off(places, name, old.id)
         finally:
             if not committed:
@@ -139,9 +139,15 @@ def _place(places: Places, staging: Path, own: Path, layer_id: bytes, snapshot: 
 def clear_cut_off(places: Places, name: str, own_id: bytes) -> None:
     """Remove what a snapshot left that did not come to its commit: its names. To be called when changing.
 
-    Before the clone's delta gets another id: for then they would count.
+    Before the clone's delta gets another id: for then they would count. Raises StorageError if others need what has
+    that id: then the clone is a copy of another, made by hand before that one had a snapshot.
     """
     fs = places.fs
+    layer = places.layer(own_id).parent
+    if layer.is_dir() and (above := needed_layers(places, places.names_in(places.clones)).get(own_id)):
+        raise StorageError(
+            f"clone '{name}' has the id of a layer that {sorted(above)[0]!r} needs: it is a copy of that"
+        )
     directory = places.clones / name / SNAPSHOTS
     if directory.is_dir():
         removed = False
@@ -152,7 +158,6 @@ def clear_cut_off(places: Places, name: str, own_id: bytes) -> None:
                     removed = True
         if removed:
             fs.sync_directory(directory)
-    layer = places.layer(own_id).parent
     if layer.is_dir():
         fs.remove_tree(layer)
         fs.sync_directory(places.layers)
@@ -201,7 +206,10 @@ def go_back(places: Places, name: str, snapshot: str | None) -> None:
         delta = Delta.open(own / "delta", f"clone '{name}'", fs)
         try:
             target, shown, size = _target(places, name, delta.header, snapshot)
-            Delta.create(staging / "delta", successor(delta.header, target, shown, size=size), fs)
+            header = successor(delta.header, target, shown, size=size)
+            if places.layer(target).exists():  # a clone that was cut free of its base, or moved, is over it again
+                header = replace(header, fingerprint=places.header(places.layer(target)).fingerprint)
+            Delta.create(staging / "delta", header, fs)
             with places.changing():
                 _target(places, name, delta.header, snapshot)  # it may have been removed meanwhile
                 clear_cut_off(places, name, delta.header.id)

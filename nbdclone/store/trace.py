@@ -140,14 +140,22 @@ class Recorder:
         self._watching = True
         clone.read_through(cast(FileSystem, _Watched(base.fs, base.fd, self._see)))
 
+    @property
+    def base(self) -> Image:
+        """Of which the boot is. The clone may have been cut free of it meanwhile."""
+        return self._base
+
     def stop(self) -> Trace | None:
-        """End it. The trace, if it is one of a boot; the clone must still be open."""
+        """End it. The trace, if it is one of a boot, and the clone still over its base; it must still be open."""
         self._unwatch()
         grains = tuple(self._grains)
         if not MIN_GRAINS <= len(grains) <= MAX_GRAINS:
             return None
-        # In a hole there is nothing to be read ahead, but zeros that would take memory.
-        kept = tuple(grain for grain in grains if self._has_data(grain))
+        with self._clone.holding() as layers:
+            if layers[0] is not self._base:
+                return None
+            # In a hole there is nothing to be read ahead, but zeros that would take memory.
+            kept = tuple(grain for grain in grains if self._has_data(grain))
         return Trace(self._base.record.id, time.time_ns(), kept) if len(kept) >= MIN_GRAINS else None
 
     def _see(self, offset: int, length: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 import pytest
 
 from nbdclone.client import Client
-from nbdclone.errors import ServerRefused, UsageError
+from nbdclone.errors import InUse, ServerRefused, StorageError, UsageError
 from nbdclone.exchange.adopt import Stretch, merge_status
 from nbdclone.exchange.overlay import base_image_of, own_pieces
-from nbdclone.exchange.programs import ReadOnly, in_turn, served
+from nbdclone.exchange.programs import ReadOnly, in_turn, opened_by_qemu, served
 from nbdclone.store.pool import Pool
 
 MIB = 1 << 20
@@ -127,3 +128,27 @@ async def test_the_first_error_ends_the_work_and_nothing_goes_on() -> None:
     assert told == [0, 1, 2]
     assert len(begun) < 10
     assert len(asyncio.all_tasks()) == 1
+
+
+SLOW = """#!{python}
+import os, socket, sys, time
+path = sys.argv[sys.argv.index("--socket") + 1]
+with socket.socket(socket.AF_UNIX) as early:
+    early.bind(path)  # and does not listen yet
+    time.sleep(0.1)
+os.unlink(path)
+sys.exit("qemu-nbd: it was asked too early" if {fails} else "qemu-nbd: Failed to get shared lock")
+"""
+
+
+@pytest.mark.parametrize(("fails", "kind"), [(True, StorageError), (False, InUse)])
+async def test_qemu_nbd_is_waited_for_and_what_it_complains_of_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool, kind: type[Exception]
+) -> None:
+    program = tmp_path / "qemu-nbd"
+    program.write_text(SLOW.format(python=sys.executable, fails=fails))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(kind, match="too early" if fails else "is open in another program"):
+        async with opened_by_qemu({}, "import", read_only=True):
+            pytest.fail("there is nothing to be connected to")

@@ -27,6 +27,7 @@ ALLOWED = {
     "nbdclone.certificates": {"nbdclone.credentials"},
     "nbdclone.client": {"nbdclone.protocol", "nbdclone.address", "nbdclone.client_connection"},
     "nbdclone.client_connection": {"nbdclone.protocol", "nbdclone.address", "nbdclone.credentials"},
+    "nbdclone.exchange": {"nbdclone.protocol", "nbdclone.store", "nbdclone.server", "nbdclone.client"},
     "nbdclone.control": {"nbdclone.store"},
     "nbdclone.server": {"nbdclone.protocol", "nbdclone.store", "nbdclone.credentials", "nbdclone.control"},
 }

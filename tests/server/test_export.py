@@ -22,6 +22,7 @@ from nbdclone.protocol.wire import (
     EIO,
 )
 from nbdclone.server import export
+from nbdclone.server import input as input_module
 from nbdclone.server.session import MAX_TOGETHER
 from nbdclone.store.layer import BLOCK_SIZE
 from nbdclone.store.pool import Pool
@@ -62,7 +63,10 @@ async def test_cold_reads_of_every_size_are_right(pool: Pool, disk: Disk) -> Non
             assert await client.pread(length, 100) == BASE[100 : 100 + length]
 
 
-async def test_short_cold_reads_of_a_turn_go_to_threads_some_at_a_time_and_fail_alone(pool: Pool, disk: Disk) -> None:
+async def test_short_cold_reads_of_a_turn_go_to_threads_some_at_a_time_and_fail_alone(
+    pool: Pool, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(input_module, "SLICE_S", 60)
     disk.cold = range(BASE_SIZE)
     async with serving(pool) as server, await Peer.open(server, "web1") as peer:
         disk.reads.close()

@@ -11,6 +11,7 @@ import pytest
 from serving import MIB, until
 
 from nbdclone.protocol.wire import SIMPLE_REPLY, SIMPLE_REPLY_MAGIC
+from nbdclone.server import output as output_module
 from nbdclone.server.budget import Budget
 from nbdclone.server.buffers import BufferPool
 from nbdclone.server.output import GATHER_SIZE, Gather, Output
@@ -206,3 +207,21 @@ async def test_close_drops_what_waits_and_gives_its_buffers_back(
     output.close()
     output.close()
     assert (output.backlog, buffers.out, heard.lost) == (0, 0, 0)
+
+
+async def test_a_peer_that_takes_as_fast_as_it_is_given_lets_others_in_between(
+    output: Output, buffers: Pool, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(6):
+        buffer = buffers.take(MIB)
+        output.send_owned(memoryview(buffer)[:MIB], buffer)
+    sizes = [len(view) for view, _buffer in output._waiting]
+    assert len(sizes) == 6  # of the first, a part
+    turns = []
+    monkeypatch.setattr(output, "_send", len)
+    monkeypatch.setattr(output_module, "MAX_TAKEN", 2 * MIB)
+    while output.backlog:
+        before = output.pieces
+        output._on_writable()
+        turns.append(before - output.pieces)
+    assert (turns, heard.room, buffers.out) == ([3, 2, 1], 3, 0)

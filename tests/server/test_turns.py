@@ -13,7 +13,7 @@ from serving import BASE, Disk, Peer, make_pool, serving
 from nbdclone.protocol.requests import MAX_BURST, Request
 from nbdclone.protocol.wire import CMD_FLUSH, CMD_READ, CMD_WRITE, Mode
 from nbdclone.server import input as input_module
-from nbdclone.server.session import Session
+from nbdclone.server.session import LONG_READ, Session
 from nbdclone.store.clone import Clone
 from nbdclone.store.pool import Pool
 
@@ -45,6 +45,26 @@ async def test_a_burst_of_requests_lets_others_in_between(pool: Pool, monkeypatc
             replies = await many.replies(count)
         assert all(replies[n].data == BASE[n : n + 1] for n in range(count))
         assert [seen.index(("web2", 1)) < 3, *{len for name, len in seen if name == "web1"}] == [True, MAX_BURST]
+
+
+async def test_long_reads_of_one_burst_let_others_in_between(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(input_module, "SLICE_S", 0)
+    monkeypatch.setattr(input_module, "LONE_SLICE_S", 0)
+    seen: list[str] = []
+    read = Session._read
+
+    def note(session: Session, *args: Any) -> None:
+        seen.append(session._clone.name)
+        read(session, *args)
+
+    monkeypatch.setattr(Session, "_read", note)
+    async with serving(pool) as server, await Peer.open(server, "web1") as many, await Peer.open(server, "web2") as one:
+        many.sock.send(b"".join(many.request(CMD_READ, n * LONG_READ, LONG_READ, cookie=n) for n in range(MAX_BURST)))
+        one.sock.send(one.request(CMD_READ, 0, 512, cookie=1))
+        assert (await one.reply()).data == BASE[:512]
+        replies = await many.replies(MAX_BURST)
+        assert all(replies[n].data == BASE[n * LONG_READ : (n + 1) * LONG_READ] for n in range(MAX_BURST))
+        assert seen.index("web2") < 3
 
 
 async def test_who_is_alone_has_a_longer_turn(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ class Kind(NamedTuple):
 KINDS = {
     "a clone": Kind("test_powercut.py::test_a_power_cut_at_any_step_leaves_each_sector_old_or_new",
                     "POWERCUT_CAMPAIGNS", 2000, 25),
+    "snapshots": Kind("test_snapshot_powercut.py", "POWERCUT_CAMPAIGNS", 200, 25),
     "a full disk": Kind("test_full_disk.py", "POWERCUT_CAMPAIGNS", 200, 25),
     "a quota": Kind("test_quota.py", "POWERCUT_CAMPAIGNS", 200, 25),
     "the pool's operations": Kind("test_atomic.py", "POOL_STATES_PER_STEP", 300, 50),

@@ -156,7 +156,7 @@ def simulated_disk() -> SimulatedFileSystem:
 
 
 def open_clone(fs: SimulatedFileSystem) -> Clone:
-    record = BaseRecord(bytes(16), BASE_SIZE, bytes(32), 0, "", Identity(BASE_SIZE, 0, 0, 0))
+    record = BaseRecord(b"P" * 16, BASE_SIZE, bytes(32), 0, "", Identity(BASE_SIZE, 0, 0, 0))
     image = Image("base", Path("/"), record, fs.open("/base", 0), fs)
     return Clone("clone", [image, Delta.open(DELTA_PATH, "clone 'clone'", fs)], fs)
 
@@ -164,16 +164,26 @@ def open_clone(fs: SimulatedFileSystem) -> Clone:
 class Campaign:
     """One seeded life of a clone, through several openings, with a look at torn states at every step of it.
 
-    ``synced``: of small writes, each soon followed by a flush, many to the same places. ``flushes`` counts how many
-    flushes relied on a record, and how many changes had to wait for one.
+    ``synced``: of small writes, each soon followed by a flush, many to the same places. ``compacts``: many writes have
+    what the base has, and now and then such blocks are dropped. ``flushes`` counts how many flushes relied on a record,
+    how many changes had to wait for one, and how many drops there were.
     """
 
     _others = 2  # how many writes, at most, are acknowledged together with one
 
-    def __init__(self, seed: int, *, states_per_step: int = 3, errors: bool = True, synced: bool = False) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        states_per_step: int = 3,
+        errors: bool = True,
+        synced: bool = False,
+        compacts: bool = False,
+    ) -> None:
         self.seed = seed
         self.flushes: Counter[str] = Counter()
         self._synced = synced
+        self._compacts = compacts
         self._places: list[tuple[int, int]] = []  # where was written, lately
         self._postponed: Callable[[], None] | None = None
         self.states = 0
@@ -281,7 +291,9 @@ class Campaign:
 
     def _operate(self) -> None:
         try:
-            if self._rng.random() < (0.5 if self._synced else 0.3):
+            if self._compacts and self._rng.random() < 0.3:
+                self._compact()
+            elif self._rng.random() < (0.5 if self._synced else 0.3):
                 self._flush()
             else:
                 self._write()
@@ -339,6 +351,8 @@ class Campaign:
 
     def _data(self, offset: int, length: int) -> bytes:
         number = self._ledger._number + 1
+        if self._compacts and self._rng.random() < 0.5:
+            number = 0
         first = offset // SECTOR
         end = -(-(offset + length) // SECTOR)
         return b"".join(stamp(number, sector) for sector in range(first, end))[offset % SECTOR :][:length]
@@ -389,6 +403,22 @@ class Campaign:
         finally:
             self._doing = before
 
+    def _compact(self) -> None:
+        """Drop what is the base's anyway, all or some of it, and give back the space. Nothing is written."""
+        before, self._doing = self._doing, "compact"
+        try:
+            for start, end in WINDOWS:
+                start, end = start // BLOCK_SIZE * BLOCK_SIZE, end // BLOCK_SIZE * BLOCK_SIZE
+                same, _ = self._clone.alike(start, end - start)
+                runs = [run for run in same if self._rng.random() < 0.8]
+                if runs:
+                    self.flushes["dropped"] += self._clone.drop(runs) > 0
+            for segment in range(2):
+                if self._rng.random() < 0.8:
+                    self._clone.punch_dropped(segment)
+        finally:
+            self._doing = before
+
     # What happens in between
 
     def _at_step(self, what: str) -> None:
@@ -406,6 +436,8 @@ class Campaign:
     def _meanwhile(self) -> None:
         """While a flush runs, a write comes and is done; while a write runs, a flush."""
         other: Callable[[], None] | None = {"flush": self._write, "write": self._flush}.get(self._doing)
+        if self._doing == "compact":
+            other = self._rng.choice([self._write, self._flush])
         if other and not self._postponed:  # what comes after a change that waits, waits too
             self._nested = True
             try:
@@ -416,6 +448,15 @@ class Campaign:
                 self._give_up()
             finally:
                 self._nested = False
+        if self._doing == "compact" and self._rng.random() > 0.8:
+            self._require_latest()
+
+    def _require_latest(self) -> None:
+        before, self._fs.on_step = self._fs.on_step, lambda what: None
+        for sector, content in read_sectors(self._clone).items():
+            if content != self._ledger.latest(sector) and not self._postponed:
+                raise LawBroken(f"sector {sector} is read as {_shown(content)}, not as it was written last")
+        self._fs.on_step = before
 
     def _examine(self) -> None:
         for _ in range(self._states_per_step):

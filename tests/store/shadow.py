@@ -66,6 +66,16 @@ class ShadowFileSystem(FileSystem):
         os.ftruncate(fd, size)
         self._files[fd][1].truncate(size)
 
+    def punch(self, fd: int, offset: int, length: int) -> None:
+        self.on_step()
+        super().punch(fd, offset, length)
+        self._files[fd][1].clear(offset, length)
+
+    def zero_allocated(self, fd: int, offset: int, length: int) -> None:
+        self.on_step()
+        super().zero_allocated(fd, offset, length)
+        self._files[fd][1].clear(offset, length)
+
     def reflink(self, target_fd: int, source_fd: int) -> bool:
         return False
 

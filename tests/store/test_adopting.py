@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from words import refusal
 
 from nbdclone.errors import InvalidImage, NBDCloneError, NotFound
+from nbdclone.store import adopting
 from nbdclone.store.adopting import (
     RawImage,
     find_base,
@@ -167,6 +168,9 @@ def test_a_base_is_known_by_its_content_whatever_the_file_is_called(pool: Pool, 
     copy = tmp_path / "copy.img"
     copy.write_bytes(source.read_bytes())
     image = Counting(copy)
+    pool.import_base(copy, "a-damaged-one")
+    (pool.path / "bases" / "a-damaged-one" / "image").unlink()
+    (pool.path / "bases" / "a-damaged-one" / "base.json").write_text("{}")
     assert find_base(pool, copy, image) == "base"
     assert image.hashed == 1
 
@@ -228,7 +232,16 @@ def test_only_blocks_that_differ_become_the_clones_own(pool: Pool, content: byte
         assert own_blocks(clone) == {0, 7, 8, 9, 20, 21, 255, 300}
 
 
-def test_zeros_become_holes_where_the_base_has_data_and_nothing_elsewhere(pool: Pool, tmp_path: Path) -> None:
+def test_zeros_become_holes_where_the_base_has_data_and_nothing_is_read_elsewhere(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[int] = []
+
+    def compare(clone: Clone, data: bytes, offset: int) -> None:
+        compared.append(len(data))
+        write_what_differs(clone, data, offset)
+
+    monkeypatch.setattr(adopting, "write_what_differs", compare)
     with open(tmp_path / "sparse.img", "wb") as file:
         file.truncate(300 * MIB)
         os.pwrite(file.fileno(), b"x" * 3 * BLOCK_SIZE, 150 * MIB)
@@ -239,3 +252,4 @@ def test_zeros_become_holes_where_the_base_has_data_and_nothing_elsewhere(pool: 
         block = 150 * MIB // BLOCK_SIZE
         assert clone.pread(3 * BLOCK_SIZE, 150 * MIB) == bytes(3 * BLOCK_SIZE)
         assert own_blocks(clone) == {block, block + 1, block + 2}
+    assert sum(compared) <= 16 * BLOCK_SIZE

@@ -416,7 +416,7 @@ def test_names_choose_what_is_checked_and_a_clones_base_goes_with_it(pool: Pool,
     (pool.path / "foreign").mkdir()
     assert told(check(pool, "web1")) == [("debian", "identity"), ("web1", "header-slot")]
     assert told(check(pool, "other")) == [("other", "identity")]
-    with pytest.raises(NotFound, match="there is no base or clone 'web9'"):
+    with pytest.raises(NotFound, match="there is no base, clone or snapshot 'web9'"):
         check_pool(pool.path, ["web1", "web9"])
 
 

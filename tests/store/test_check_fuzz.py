@@ -139,6 +139,40 @@ def test_a_spoilt_base_is_opened_or_refused_in_words_and_checked(
         look_at(pool)
 
 
+@pytest.fixture(scope="module", name="layered")
+def make_layered(sound: Pool, tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    """The same with a snapshot of web2, of which web1 is a clone now."""
+    pool = copy_of(sound, tmp_path_factory.mktemp("layered"))
+    pool.snapshot("web2@golden")
+    pool.remove(["web1"])
+    pool.create_clones("web2@golden", ["web1"])
+    list(check_pool(pool.path, deep=True))
+    return pool
+
+
+@given(changes=CHANGES, which=st.sampled_from(["delta", "record", "manifest", "layer.json"]))
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_spoilt_layer_or_record_is_opened_or_refused_in_words_and_checked(
+    layered: Pool, changes: list[tuple[str, int, bytes]], which: str
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="nbdclone-test-") as directory:
+        pool = copy_of(layered, Path(directory))
+        path = pool.places.layer(pool.places.snapshot("web2@golden").layer)
+        if which == "record":
+            path = pool.path / "clones" / "web2" / "snapshots" / "golden"
+        elif which != "delta":
+            path = path.with_name(which)
+            path.chmod(0o644)
+        if which != "delta":  # of a few bytes: where something is
+            changes = [
+                (what, place % 200 if what in ("bytes", "splice") else place, data)
+                for what, place, data in changes
+                if what != "grow"
+            ]
+        spoil(path, changes, pool)
+        look_at(pool)
+
+
 @given(garbage=st.binary(max_size=9000), pad=st.sampled_from([0, 1 << 21, 1 << 43]))
 @settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_garbage_for_a_delta_is_refused_in_words_and_checked(sound: Pool, garbage: bytes, pad: int) -> None:

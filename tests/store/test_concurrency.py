@@ -72,8 +72,8 @@ def read_beside_writes(prepared: Prepared, written: list[int]) -> None:
 def test_a_read_that_looks_at_the_map_while_it_changes_is_noticed(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copied = "bytes(self._owners_of(segment, nowait)[first:last])"
-    mutate(monkeypatch, Clone, "_runs", copied, "memoryview(self._owners_of(segment, nowait))[first:last]")
+    copied = "bytes(self._owners_of(chain, segment, nowait)[first:last])"
+    mutate(monkeypatch, Clone, "_runs", copied, "memoryview(self._owners_of(chain, segment, nowait))[first:last]")
     with pytest.raises(AssertionError):
         read_beside_writes(prepared, [0])
 

@@ -95,7 +95,7 @@ def test_a_header_with_an_impossible_size_is_corrupt(size: int) -> None:
         Header.decode(replace(HEADER, size=size).encode(), "delta")
 
 
-@pytest.mark.parametrize(("offset", "value"), [(8, 2), (16, 2), (16, 1 << 31)], ids=["version", "feature", "features"])
+@pytest.mark.parametrize(("offset", "value"), [(8, 2), (16, 4), (16, 1 << 31)], ids=["version", "feature", "features"])
 def test_a_header_of_a_newer_version_says_so(offset: int, value: int) -> None:
     page = bytearray(HEADER.encode())
     struct.pack_into(">I" if offset == 8 else ">Q", page, offset, value)

@@ -84,7 +84,10 @@ class FullDisk(Campaign):
         for block in range(offset // BLOCK_SIZE, -(-(offset + length) // BLOCK_SIZE)):
             segment, within = divmod(block, BLOCKS_PER_SEGMENT)
             # One page holds all the marks that there are here.
-            if MARKS_AT // PAGE not in noted and self._clone._owners_of(segment, False)[within] != self._clone._top:
+            if (
+                MARKS_AT // PAGE not in noted
+                and self._clone._owners_of(self._clone._chain, segment, False)[within] != self._clone._top
+            ):
                 return False
         return True
 

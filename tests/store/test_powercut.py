@@ -54,6 +54,22 @@ def test_a_power_cut_at_any_step_leaves_each_sector_old_or_new(errors: bool, syn
         assert flushes["for a change"] > CAMPAIGNS // 4
 
 
+@pytest.mark.timeout(120 + CAMPAIGNS)
+@pytest.mark.parametrize("synced", [False, True], ids=["any work", "small synced writes"])
+@pytest.mark.parametrize("errors", [False, True], ids=["sound disk", "disk with errors"])
+def test_a_power_cut_or_a_kill_while_blocks_are_dropped_leaves_each_sector_old_or_new(
+    errors: bool, synced: bool
+) -> None:
+    flushes: Counter[str] = Counter()
+    count = CAMPAIGNS // 4  # these have more steps
+    for seed in range(FIRST_SEED, FIRST_SEED + count):
+        campaign = Campaign(seed, errors=errors, synced=synced, compacts=True)
+        campaign.run()
+        flushes += campaign.flushes
+    print(f"flushes {dict(flushes)}")
+    assert flushes["dropped"] > count
+
+
 def test_a_campaign_is_the_same_each_time_for_its_seed() -> None:
     first, second = Campaign(7), Campaign(7)
     first.run()
@@ -61,9 +77,9 @@ def test_a_campaign_is_the_same_each_time_for_its_seed() -> None:
     assert first.states == second.states > 0
 
 
-def run_campaigns(count: int) -> None:
+def run_campaigns(count: int, *, compacts: bool = False) -> None:
     for seed in range(count):
-        Campaign(seed, states_per_step=2, synced=seed % 2 == 0).run()
+        Campaign(seed, states_per_step=2, synced=seed % 2 == 0, compacts=compacts).run()
 
 
 class Mutation(NamedTuple):
@@ -107,7 +123,7 @@ MUTATIONS = {
         DeltaMap, "write", "MAP_SLOTS[1 - state.slot]", "MAP_SLOTS[0]"
     ),
     "the newest page is written over": Mutation(DeltaMap, "written", "state.slot = 1 - state.slot", "pass"),
-    "the older page is believed": Mutation(DeltaMap, "_read", "max(valid)", "min(valid)"),
+    "the older page is believed": Mutation(DeltaMap, "read", "max(valid)", "min(valid)"),
     "a new delta takes its file for synced": Mutation(
         Delta, "__init__", "self._unsynced = True", "self._unsynced = False"
     ),
@@ -192,6 +208,36 @@ MUTATIONS = {
     ),
     "a clone that crashed is changed at once": Mutation(Delta, "begin_changes", "if self._hindered:", "if False:"),
 }  # fmt: skip
+
+
+GIVEN_UP = "                delta.give_up(given)\n"
+DROPS = {
+    "the space is given back before the map is durable": Mutation(
+        Clone,
+        "drop",
+        GIVEN_UP,
+        "                for run in runs:\n"
+        "                    for at, count in _pieces(*run):\n"
+        "                        at += (at // SEGMENT_SIZE + 1) * delta.stride\n"
+        "                        self._fs.punch(delta.fd, at, count)\n" + GIVEN_UP,
+    ),
+    "the map that lost bits is not synced": Mutation(
+        Delta,
+        "give_up",
+        "            self._sync()\n            self._map.written(noted)\n",
+        "            self._map.written(noted)\n            self._map.unmirrored -= noted.keys()\n",
+    ),
+    "it is not settled before": Mutation(
+        Delta, "give_up", "            self._settle()\n            if", "            if False and"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DROPS)
+def test_the_power_cuts_notice_when_of_a_drop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate(monkeypatch, *DROPS[name])
+    with pytest.raises(LawBroken, match="seed"):
+        run_campaigns(60, compacts=True)
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

@@ -1,0 +1,298 @@
+"""Each verb of a clone's life, by the command line, while fio writes to that clone and verifies what it wrote.
+
+Another fio does so with a sibling in the other worker. There is to be no error of either; what is compared afterwards
+is the content of whatever the verb made, and the latency of the requests beside each verb is told (`pytest -rP`) and
+written as lines of JSON to the file that $LIFECYCLE_JSON names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import random
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from integration.fioload import MIB, REGION, Load, fill, require_fio_blocks
+from integration.served import COMMAND, ENVIRONMENT, Served, make_pool, nbdclone, served, sha256_of_file
+from integration.test_workers import worker_of
+from nbdclone.client import Client
+from nbdclone.errors import NBDCloneError
+
+pytestmark = pytest.mark.timeout(240)
+
+SIZE = 256 * MIB
+SNAPSHOTS = 20
+# Of these so many are removed again, and their layers merged.
+REMOVED = 12
+# Before each verb: what the latency is without one.
+QUIET_S = 0.6
+PATIENCE_S = 60.0
+# The clone's own, where fio does not write: (offset, length).
+OWN = ((40 * MIB + 512, 3 * MIB), (130 * MIB, 2 * MIB + 4096), (SIZE - MIB, MIB))
+
+
+def make_images(directory: Path) -> tuple[Path, Path]:
+    """A base with data and holes, and its update: the same but for some MiB, also where the clones have their own."""
+    rng = random.Random("lifecycle")
+    old, new = directory / "old.raw", directory / "new.raw"
+    for path in (old, new):
+        rng.seed(path.name == "no such name")
+        with open(path, "wb") as file:
+            file.truncate(SIZE)
+            for offset in range(0, SIZE, 8 * MIB):
+                file.seek(offset)
+                file.write(rng.randbytes(2 * MIB))
+    with open(new, "r+b") as file:
+        for offset in (MIB, 41 * MIB, 64 * MIB, 131 * MIB, 200 * MIB):
+            file.seek(offset)
+            file.write(rng.randbytes(MIB))
+    return old, new
+
+
+def sha256_of_entry(pool: Path, name: str) -> str:
+    """What an entry reads, as `nbdclone export NAME -` writes it."""
+    command = [*COMMAND, "--pool", str(pool), "export", name, "-"]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        digest = hashlib.sha256()
+        while data := process.stdout.read(MIB):
+            digest.update(data)
+    assert process.returncode == 0
+    return digest.hexdigest()
+
+
+class Story:
+    """What is done to the clone `one`, of the base `old`, and what it has to read like."""
+
+    def __init__(self, directory: Path, pool: Path, server: Served, loads: tuple[Load, Load]) -> None:
+        self.directory, self.pool, self.server, self.loads = directory, pool, server, loads
+        self.windows: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        self.digests: dict[str, str] = {}
+        self.spare = random.Random(7).randbytes(64)
+
+    def run(self, *args: str | Path) -> str:
+        return nbdclone("--pool", self.pool, *args).stdout
+
+    def run_json(self, *args: str | Path) -> Any:
+        return json.loads(self.run(*args, "--json"))
+
+    @contextmanager
+    def beside(self, verb: str) -> Iterator[None]:
+        """The time in which the verb is at work, after some in which nothing is."""
+        quiet = time.time()
+        time.sleep(QUIET_S)
+        began = time.time()
+        try:
+            yield
+            ended = time.time()
+            for load in self.loads:
+                load.require_running()
+        except BaseException as error:
+            error.add_note(f"at {verb}")
+            raise
+        self.windows[verb] = {"without": [(quiet, began)], "with": [(began, ended)]}
+
+    def remember(self, name: str, same_as: str | None = None) -> None:
+        """What this reads now, it has to read in the end; and what ``same_as`` reads."""
+        found = sha256_of_entry(self.pool, name)
+        assert same_as is None or found == self.digests[same_as], name
+        self.digests[name] = found
+
+    def unnamed_layers(self) -> list[str]:
+        return [entry["name"] for entry in _flat(self.run_json("tree", "--all")) if "@" not in entry["name"]]
+
+    # The verbs
+
+    def snapshot(self) -> None:
+        with self.beside(f"snapshot, {SNAPSHOTS} in a row"):
+            for number in range(SNAPSHOTS):
+                self.run("snapshot", f"one@s{number}")
+        for name in ("one@s3", f"one@s{SNAPSHOTS - 1}"):
+            self.remember(name)
+
+    def du(self) -> None:
+        with self.beside("du"):
+            found = self.run_json("du")
+        entries = {entry["name"]: entry for entry in found["entries"]}
+        assert {"old", "new", "one", "two", "one@s3"} <= entries.keys()
+        assert not any(entry["error"] for entry in entries.values())
+        assert entries["one@s3"]["size"] == SIZE
+
+    def diff(self) -> None:
+        last = f"one@s{SNAPSHOTS - 1}"
+        with self.beside("diff"):
+            extents = self.run_json("diff", "one@s3", last)["extents"]
+        images = [self.directory / "a.raw", self.directory / "b.raw"]
+        for name, image in zip(("one@s3", last), images, strict=True):
+            self.run("export", name, image)
+            require_fio_blocks(image)
+        with open(images[1], "rb") as after, open(images[0], "r+b") as before:
+            for extent in extents:
+                after.seek(extent["offset"])
+                before.seek(extent["offset"])
+                before.write(after.read(extent["length"]))
+        assert sum(extent["length"] for extent in extents) < 2 * REGION
+        assert sha256_of_file(images[0]) == self.digests[last]
+
+    def clone(self) -> None:
+        with self.beside("clone of a snapshot"):
+            self.run("clone", "one@s3", "four")
+        self.remember("four", "one@s3")
+
+    def export(self) -> None:
+        image = self.directory / "exported.qcow2"
+        with self.beside("export of a snapshot"):
+            self.run("export", "one@s3", image)
+        raw = self.directory / "exported.raw"
+        subprocess.run(["qemu-img", "convert", "-O", "raw", image, raw], check=True, timeout=60)
+        assert sha256_of_file(raw) == self.digests["one@s3"]
+
+    def promote(self) -> None:
+        with self.beside("promote"):
+            self.run("promote", "one", "golden")
+        image = self.directory / "golden.raw"
+        self.run("export", "golden", image)
+        require_fio_blocks(image)
+        require_own(image, self.directory / "old.raw", 0)
+        self.remember("golden")
+
+    def send(self) -> None:
+        other = self.directory / "other"
+        with self.beside("send | receive"):
+            command = [*COMMAND, "--pool", str(self.pool), "send", "--with-base", "one@s3"]
+            with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE) as sending:
+                receiving = [*COMMAND, "--pool", str(other), "receive"]
+                subprocess.run(receiving, env=ENVIRONMENT, stdin=sending.stdout, check=True, timeout=100)
+            assert sending.returncode == 0
+        assert sha256_of_entry(other, "one@s3") == self.digests["one@s3"]
+
+    def rm(self) -> None:
+        going = [f"one@s{number}" for number in range(4, 4 + REMOVED)]
+        before = len(os.listdir(self.pool / "layers"))
+        with self.beside(f"rm of {REMOVED} snapshots, and their merging"):
+            self.run("rm", *going)
+            deadline = time.monotonic() + PATIENCE_S
+            while len(os.listdir(self.pool / "layers")) > before - REMOVED:
+                assert time.monotonic() < deadline, "the layers are still there"
+                time.sleep(0.1)
+
+    def rebase(self) -> None:
+        with self.beside("rebase --keep-content"):
+            self.run("rebase", "one", "four", "--onto", "new", "--keep-content")
+        assert self.run_json("info", "four")["base"] == "new"
+
+    def compact(self) -> None:
+        with self.beside("compact --online"):
+            self.run("compact", "one", "--online")
+
+    def resize(self) -> None:
+        with self.beside("resize"):
+            self.run("resize", "one", str(SIZE + 16 * MIB))
+
+    def rollback(self) -> None:
+        self.run("snapshot", "three@before")
+        self.remember("three@before")
+        self.windows |= asyncio.run(self._roll_back())
+        self.remember("three", "three@before")
+
+    async def _roll_back(self) -> dict[str, Any]:
+        async with await Client.connect(self.server.uri("three")) as client:
+            await client.pwrite(self.spare, 4096)
+            with self.beside("rollback --disconnect of another"):
+                await asyncio.to_thread(self.run, "rollback", "three@before", "--disconnect")
+            with pytest.raises(NBDCloneError):
+                await client.pread(64, 4096)
+        return {}
+
+    def flatten(self) -> None:
+        with self.beside("flatten"):
+            self.run("flatten", "one")
+        assert self.run_json("info", "one")["parent"] is None
+
+    def end(self) -> None:
+        """Everything is what it was when it was made; what fio left of both clones is whole."""
+        for load in self.loads:
+            load.end()
+        for name, digest in self.digests.items():
+            assert sha256_of_entry(self.pool, name) == digest, name
+        for name, larger in (("one", 16 * MIB), ("two", 0)):
+            image = self.directory / f"{name}.raw"
+            self.run("export", name, image, "--force")
+            require_fio_blocks(image)
+            require_own(image, self.directory / "old.raw", larger)
+
+    def told(self) -> Iterator[dict[str, Any]]:
+        """The latencies, of each verb and each clone."""
+        for verb, windows in self.windows.items():
+            for load in self.loads:
+                seconds = {f"{how}_s": round(sum(end - begin for begin, end in w), 2) for how, w in windows.items()}
+                latency = {how: load.latency(spans) for how, spans in windows.items()}
+                yield {"verb": verb, "clone": load.name, **seconds, **latency}
+
+
+def _flat(entries: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for entry in entries:
+        yield entry
+        yield from _flat(entry["children"])
+
+
+def own_bytes() -> Iterator[tuple[int, bytes]]:
+    """What both clones write where fio does not."""
+    rng = random.Random("own")
+    for offset, length in OWN:
+        yield offset, rng.randbytes(length)
+
+
+async def write_own(uri: str) -> None:
+    async with await Client.connect(uri) as client:
+        for offset, data in own_bytes():
+            for at in range(0, len(data), MIB):
+                await client.pwrite(data[at : at + MIB], offset + at)
+        await client.flush()
+
+
+def require_own(image: Path, base: Path, larger: int) -> None:
+    """Behind fio's region the image is the base with the clone's own bytes, and zeros behind the base's end."""
+    with open(base, "rb") as file:
+        file.seek(REGION)
+        wanted = bytearray(file.read())
+    for offset, data in own_bytes():
+        wanted[offset - REGION : offset - REGION + len(data)] = data
+    with open(image, "rb") as file:
+        file.seek(REGION)
+        assert file.read() == wanted + bytes(larger)
+
+
+STEPS = (
+    Story.snapshot, Story.du, Story.diff, Story.clone, Story.export, Story.promote, Story.send, Story.rm,
+    Story.rebase, Story.compact, Story.resize, Story.rollback, Story.flatten, Story.end,
+)  # fmt: skip
+
+
+def test_no_verb_is_noticed_by_clients_that_verify_what_they_wrote(tmp_path: Path) -> None:
+    old, new = make_images(tmp_path)
+    pool = make_pool(tmp_path / "pool", old, "one", "two", "three", base="old")
+    nbdclone("--pool", pool, "import", new, "--name", "new")
+    with served(pool, "--workers", "2") as server:
+        for name in ("one", "two"):
+            asyncio.run(write_own(server.uri(name)))
+            fill(server.uri(name))
+        with Load(server.uri("one"), tmp_path, "one") as first, Load(server.uri("two"), tmp_path, "two") as second:
+            assert worker_of(pool, "one") != worker_of(pool, "two")
+            story = Story(tmp_path, pool, server, (first, second))
+            for step in STEPS:
+                step(story)
+    assert nbdclone("--pool", pool, "check", "--deep").stdout == "all is well\n"
+    lines = [json.dumps(line) for line in story.told()]
+    print(*lines, sep="\n")
+    if path := os.environ.get("LIFECYCLE_JSON"):
+        Path(path).write_text("\n".join(lines) + "\n")

@@ -1,0 +1,169 @@
+"""In what two disks of one pool differ, told from the maps of the layers that they do not share.
+
+Its cost is that of reading those maps, one page for each 127 MiB of the disk and layer: neither the content nor the
+layers that both stand on are looked at. So a block that was written with what it held before is told as changed;
+``content`` compares, and reads what the maps tell.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from nbdclone.errors import UsageError
+from nbdclone.store.clone import Clone
+from nbdclone.store.delta import Delta
+from nbdclone.store.image import Image
+from nbdclone.store.layer import (
+    BLOCK_SHIFT,
+    BLOCK_SIZE,
+    BLOCKS_PER_SEGMENT,
+    NOWHERE,
+    SEGMENT_SIZE,
+    Layer,
+    block_count,
+    uniform,
+)
+from nbdclone.store.sealed import Sealed
+
+_NOTHING = uniform(NOWHERE)
+_OWNED = re.compile(rb"[^\0]+")
+# How much of both is read at once to be compared.
+COMPARED_AT_ONCE = 1 << 20
+
+
+class Change(NamedTuple):
+    """A stretch of a disk that is not as on another; ``zero``: it takes no space now, and reads as zeros."""
+
+    offset: int
+    length: int
+    zero: bool
+
+
+def identity_of(layer: Layer) -> bytes:
+    """The id of a base, a layer or a clone's delta."""
+    if isinstance(layer, Image):
+        return layer.record.id
+    assert isinstance(layer, Sealed | Delta)
+    return layer.header.id
+
+
+def owned_ranges(layer: Layer) -> Iterator[tuple[int, int]]:
+    """The (offset, length) of what the layer holds itself, in order; neighbours are one. Waits for the disk."""
+    return _ranges_in([layer], [], layer.size)
+
+
+def changed_ranges(a: Sequence[Layer], b: Sequence[Layer]) -> Iterator[tuple[int, int]]:
+    """The (offset, length), in order, of where a disk with layers ``b`` may differ from one with layers ``a``.
+
+    Within ``b``; all of it that is behind the end of ``a`` is told. Raises UsageError if they share no layer.
+    """
+    shared = 0
+    for one, other in zip(a, b, strict=False):
+        if identity_of(one) != identity_of(other):
+            break
+        shared += 1
+    if not shared:
+        raise UsageError("they have no layer in common, so that their maps cannot tell in what they differ")
+    size = b[-1].size
+    cut = [found for chain in (a, b) for found in cut_off(chain, shared)]
+    if a[-1].size < size:
+        cut.append((a[-1].size, size))
+    return _ranges_in([*a[shared:], *b[shared:]], cut, size)
+
+
+def cut_off(chain: Sequence[Layer], first: int) -> Iterator[tuple[int, int]]:
+    """The (start, end) of what lies beneath the layers from ``first`` on, and is not seen through them."""
+    for beneath, layer in zip(chain[first - 1 :], chain[first:], strict=False):
+        if isinstance(layer, Sealed | Delta) and layer.header.overlap is not None:
+            yield layer.header.overlap, beneath.size
+
+
+def _ranges_in(layers: Sequence[Layer], further: Sequence[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+    """What any of the layers holds, and what is in one of the ranges (start, end) too; up to ``size``."""
+    begin = end = 0
+    for segment in range(-(-size // SEGMENT_SIZE)):
+        origin = segment * SEGMENT_SIZE
+        for first, last in _spans_in(layers, further, segment):
+            start, stop = origin + (first << BLOCK_SHIFT), min(origin + (last << BLOCK_SHIFT), size)
+            if start >= stop:
+                break
+            if start != end:
+                if end > begin:
+                    yield begin, end - begin
+                begin = start
+            end = stop
+    if end > begin:
+        yield begin, end - begin
+
+
+def _spans_in(layers: Sequence[Layer], further: Sequence[tuple[int, int]], segment: int) -> Iterator[tuple[int, int]]:
+    """The same within a segment, as blocks [first, last) of it."""
+    owned = [layer.paint(segment, _NOTHING, 1, nowait=False) for layer in layers]
+    for start, stop in further:
+        first = min(max((start >> BLOCK_SHIFT) - segment * BLOCKS_PER_SEGMENT, 0), BLOCKS_PER_SEGMENT)
+        last = min(max(block_count(stop) - segment * BLOCKS_PER_SEGMENT, 0), BLOCKS_PER_SEGMENT)
+        if first < last:
+            owned.append(_NOTHING[:first] + uniform(1)[first:last] + _NOTHING[last:])
+    owned = [owners for owners in owned if owners is not _NOTHING]
+    if not owned:
+        return
+    together = 0
+    for owners in owned:
+        together |= int.from_bytes(owners, "little")
+    for run in _OWNED.finditer(together.to_bytes(BLOCKS_PER_SEGMENT, "little")):
+        yield run.span()
+
+
+def changed_extents(a: Clone, b: Clone, *, content: bool = False) -> Iterator[Change]:
+    """Where ``b`` differs from ``a``, in order, neighbours that are alike as one.
+
+    With ``content``, what reads the same on both is left out; and if they have no layer in common, all of both is
+    compared. Raises UsageError, OSError.
+    """
+    last: Change | None = None
+    for change in _kinds_of(b, _differing(a, b) if content else changed_ranges(a.layers, b.layers)):
+        if last is not None and last.zero == change.zero and last.offset + last.length == change.offset:
+            last = last._replace(length=last.length + change.length)
+            continue
+        if last is not None:
+            yield last
+        last = change
+    if last is not None:
+        yield last
+
+
+def _kinds_of(disk: Clone, ranges: Iterator[tuple[int, int]]) -> Iterator[Change]:
+    for offset, length in ranges:
+        end = offset + length
+        while offset < end:  # a long range is told in several answers
+            for extent in disk.extents(offset, end - offset):
+                yield Change(offset, extent.length, extent.hole)
+                offset += extent.length
+
+
+def _differing(a: Clone, b: Clone) -> Iterator[tuple[int, int]]:
+    """Of the ranges that may differ, the blocks that do; and what is behind the end of ``a``."""
+    alike = identity_of(a.layers[0]) == identity_of(b.layers[0])
+    ranges = changed_ranges(a.layers, b.layers) if alike else iter([(0, b.size)])
+    for offset, length in ranges:
+        end = offset + length
+        for start in range(offset, end, COMPARED_AT_ONCE):
+            stop = min(start + COMPARED_AT_ONCE, end)
+            if stop > a.size:
+                yield from _differing_blocks(a, b, start, max(start, a.size))
+                yield max(start, a.size), stop - max(start, a.size)
+            else:
+                yield from _differing_blocks(a, b, start, stop)
+
+
+def _differing_blocks(a: Clone, b: Clone, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    if start == stop:
+        return
+    one, other = a.pread(stop - start, start), b.pread(stop - start, start)
+    if one == other:
+        return
+    for at in range(0, stop - start, BLOCK_SIZE):
+        if one[at : at + BLOCK_SIZE] != other[at : at + BLOCK_SIZE]:
+            yield start + at, min(BLOCK_SIZE, stop - start - at)
