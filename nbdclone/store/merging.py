@@ -153,19 +153,19 @@ def merge_into(target: Target, name: str, layer: str) -> Steps:
             )
             # Both slots of the map: the layer is about to go.
             clone.delta.settle_all()
-            if opened.change(partial(_reparent, places, clone, seen, layer_id)):
-                break
+            with places.changing():  # before it is our turn to change the clone, as everywhere
+                if opened.change(partial(_reparent, places, clone, seen, layer_id)):
+                    break
         _relayer(places, clone, opened.change_here)
     return {"name": name, "merged": True, "copied": copied}
 
 
 def _reparent(places: Places, clone: Clone, seen: int, layer_id: bytes) -> bool:
     """Nobody changes the clone. False: a snapshot or the like came between."""
-    with places.changing():
-        if clone.restacked != seen:
-            return False
-        clone.delta.change_header(**_header_over(clone.delta.header, places.header(places.layer(layer_id))))
-        return True
+    if clone.restacked != seen:
+        return False
+    clone.delta.change_header(**_header_over(clone.delta.header, places.header(places.layer(layer_id))))
+    return True
 
 
 def relayer(target: Target, name: str, origin: str | None = None, lower: str | None = None) -> Steps:
