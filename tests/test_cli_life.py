@@ -63,7 +63,7 @@ def test_the_same_as_json(pool: Pool) -> None:
 
 def test_du_and_a_tree_with_layers_that_have_no_name(pool: Pool) -> None:
     said(pool, "snapshot", "web1@a")
-    said(pool, "rm", "web1@a")
+    pool.remove(["web1@a"])
     (layer,) = os.listdir(pool.path / "layers")
     assert layer not in said(pool, "tree")
     assert said(pool, "tree", "--all").splitlines()[1].startswith(f"└── {layer}  1 MiB")
