@@ -47,7 +47,7 @@ MODULES = {
     "host": "server",
     "relay": "server",
     "quiet": "server",
-    "clone": "store",
+    "disk": "store",
     "client": "",
     "client_connection": "",
 }
@@ -60,7 +60,7 @@ NO_LIMITS = {
     "offload.MAX_THREADS",
     "client.MAX_PIECE",
     "client.MAX_EXTENDED_RANGE",
-    "clone.MAX_LAYERS",
+    "disk.MAX_LAYERS",
     "relay.MAX_PASSES",
 }
 
