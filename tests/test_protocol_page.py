@@ -42,6 +42,7 @@ MODULES = {
     "output": "server",
     "connection": "server",
     "session": "server",
+    "reading": "server",
     "admission": "server",
     "budget": "server",
     "host": "server",
@@ -55,7 +56,8 @@ MODULES = {
 # the event loop does in one go.
 NO_LIMITS = {
     "session.MAX_INLINE",
-    "session.MAX_TOGETHER",
+    "reading.MAX_INLINE",
+    "reading.MAX_TOGETHER",
     "input.MAX_RECEIVES",
     "offload.MAX_THREADS",
     "client.MAX_PIECE",
