@@ -22,7 +22,7 @@ from nbdclone.server.settings import read_settings
 from nbdclone.store import delta_file as delta
 from nbdclone.store import journal, trace
 from nbdclone.store.check import check_pool
-from nbdclone.store.clone import MAX_EXTENTS
+from nbdclone.store.disk import MAX_EXTENTS
 from nbdclone.store.finding import KINDS
 from nbdclone.store.layer import BITMAP_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE
 from nbdclone.store.pool import Pool
