@@ -15,6 +15,7 @@ from nbdclone.errors import ServerRefused
 from nbdclone.protocol import wire
 from nbdclone.protocol.wire import CMD_BLOCK_STATUS, CMD_FLAG_REQ_ONE
 from nbdclone.server.server import Server
+from nbdclone.store.image import Image
 from nbdclone.store.layer import BLOCK_SIZE
 from nbdclone.store.pool import Pool
 from nbdclone.store.snapshots import take_snapshot
@@ -129,7 +130,7 @@ async def test_when_the_snapshot_is_gone_all_is_dirty_to_those_who_have_the_cont
         assert await dirty(client) == [2, 3], "its layer is there still, and tells"
         assert await listed(server, "web1", "qemu:dirty-bitmap:") == ["qemu:dirty-bitmap:later"]
         export.clone.copy_up(0, SIZE)
-        export.clone.relayer([])
+        export.clone.relayer([Image.open("base", pool.places.bases / "base", pool.places.fs)])
         assert await dirty(client) == list(range(SIZE // BLOCK_SIZE))
 
 
@@ -188,8 +189,7 @@ async def test_snapshots_that_are_not_for_a_client_are_not_told_of(pool: Pool) -
 
 
 async def test_a_clone_that_cannot_be_read_has_no_snapshots_and_haggling_goes_on(pool: Pool) -> None:
-    with open(pool.places.delta("web1"), "r+b") as file:
-        file.write(bytes(1 << 20))
+    pool.places.delta("web1").write_bytes(bytes(1 << 20))
     async with serving(pool) as server:
         assert await listed(server, "web1", "qemu:dirty-bitmap:") == []
         async with await connect(server, "base:allocation", BITMAP, export="web2") as client:
