@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from moving import Moving
 from serving import BASE, Peer, make_pool, option, serving, until, where
 
 from nbdclone.client import Client
@@ -167,6 +168,21 @@ async def test_who_asks_for_one_extent_gets_the_first_whole(pool: Pool) -> None:
             await peer.send(peer.request(CMD_BLOCK_STATUS, offset, SIZE - offset, flags=CMD_FLAG_REQ_ONE))
             *_head, payload = await peer.chunk()
             assert payload[4:] == struct.pack(">II", *expected)
+
+
+async def test_what_came_behind_the_end_of_the_snapshot_is_dirty_although_nobody_wrote_it(pool: Pool) -> None:
+    with pool.open_clone("web1") as disk:
+        disk.resize(SIZE + 10 * BLOCK_SIZE)
+    async with serving(pool) as server, await connect(server, BITMAP) as client:
+        end = SIZE // BLOCK_SIZE
+        assert await dirty(client) == [2, 3, *range(end, end + 10)]
+
+
+async def test_a_connection_that_moves_to_where_the_export_is_is_told_the_same(pool: Pool) -> None:
+    async with Moving(pool, sockets=[pool.path.parent / "nbd.sock"]) as server:
+        async with await connect(server, BITMAP, "base:allocation") as client:
+            assert server.moves == 1
+            assert await dirty(client) == [2, 3]
 
 
 ACCESS = """

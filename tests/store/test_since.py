@@ -170,6 +170,14 @@ def test_what_was_cut_off_and_what_is_behind_a_smaller_snapshot_is_changed(pool:
         assert changed(disk, two) == [(20 * BLOCK_SIZE, 60 * BLOCK_SIZE)] == by_maps(disk, two)
 
 
+def test_what_a_larger_disk_has_behind_a_snapshot_that_ends_within_a_block_is_told_in_whole_blocks(pool: Pool) -> None:
+    with pool.open_clone("web1") as disk:
+        disk.resize(48 * BLOCK_SIZE + 512)
+        one = snapshot(pool, disk, "one")
+        disk.resize(60 * BLOCK_SIZE)
+        assert changed(disk, one) == [(48 * BLOCK_SIZE, 60 * BLOCK_SIZE)] == by_maps(disk, one)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_a_random_life_is_told_as_the_maps_do_and_no_change_is_missing(pool: Pool, seed: int) -> None:
     rng = random.Random(seed)
@@ -246,7 +254,7 @@ def test_a_clone_of_a_snapshot_has_none_of_its_own(pool: Pool) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["debian", "nobody", "", "web1@nothing", "nobody@one", "../web1", "debian+", "web1@", "@"]
+    "name", ["debian", "nobody", "", "web1@nothing", "nobody@one", "../web1", "../clones/web1", "debian+", "web1@", "@"]
 )
 def test_what_is_no_clone_has_none(pool: Pool, name: str) -> None:
     pool.snapshot("web1@one")
