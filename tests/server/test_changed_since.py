@@ -179,10 +179,12 @@ async def test_what_came_behind_the_end_of_the_snapshot_is_dirty_although_nobody
 
 
 async def test_a_connection_that_moves_to_where_the_export_is_is_told_the_same(pool: Pool) -> None:
-    async with Moving(pool, sockets=[pool.path.parent / "nbd.sock"]) as server:
-        async with await connect(server, BITMAP, "base:allocation") as client:
-            assert server.moves == 1
-            assert await dirty(client) == [2, 3]
+    async with (
+        Moving(pool, sockets=[pool.path.parent / "nbd.sock"]) as server,
+        await connect(server, BITMAP, "base:allocation") as client,
+    ):
+        assert server.moves == 1
+        assert await dirty(client) == [2, 3]
 
 
 ACCESS = """
