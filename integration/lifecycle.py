@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
 import signal
 import subprocess
@@ -177,7 +176,8 @@ class Campaign:
             return
         args, expect = plan
         self.history.append(
-            f"{'with' if self._server else 'without'} a server: {' '.join(args)}{f' (the {kill} is killed)' * bool(kill)}"
+            f"{'with' if self._server else 'without'} a server: {' '.join(args)}"
+            f"{f' (the {kill} is killed)' * bool(kill)}"
         )
         process = await asyncio.create_subprocess_exec(
             *COMMAND, "--pool", str(self.pool), *args, env=ENVIRONMENT, stdin=subprocess.DEVNULL,
@@ -411,7 +411,7 @@ class Campaign:
             text = received.stderr.strip()
             self.history.append(f"receive {snapshot} as {name}: {received.returncode} {text}")
             if received.returncode:
-                if self._server is not None and self._server.was_killed or len(text.splitlines()) == 1:
+                if (self._server is not None and self._server.was_killed) or len(text.splitlines()) == 1:
                     self.refusals["receive"] += 1
                     return
                 raise Wrong(f"receive: {text}")

@@ -91,8 +91,8 @@ class Journal:
                 (wrong.discard if _sector(state, each) == _sector(now, each) else wrong.add)(each)
         if wrong:
             raise Wrong(
-                f"writer {writer}: no number of its writes from {least} to {most} gives this: {len(first_wrong)} sectors "
-                f"differ after {least} (the first: {first_wrong[:5]}), {len(wrong)} after {most}: {sorted(wrong)[:5]}"
+                f"writer {writer}: no number of its writes from {least} to {most} gives this: "
+                f"{len(first_wrong)} sectors differ after {least} (the first: {first_wrong[:5]}), {len(wrong)} after {most}: {sorted(wrong)[:5]}"
             )
 
 
