@@ -92,7 +92,8 @@ class Journal:
         if wrong:
             raise Wrong(
                 f"writer {writer}: no number of its writes from {least} to {most} gives this: "
-                f"{len(first_wrong)} sectors differ after {least} (the first: {first_wrong[:5]}), {len(wrong)} after {most}: {sorted(wrong)[:5]}"
+                f"{len(first_wrong)} sectors differ after {least} (the first: {first_wrong[:5]}), "
+                f"{len(wrong)} after {most}: {sorted(wrong)[:5]}"
             )
 
 
