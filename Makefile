@@ -42,8 +42,8 @@ lint: $(STAMP) ## ruff, check and format
 types: $(STAMP) ## mypy --strict
 	$(BIN)/mypy
 
-unit: $(STAMP) ## the tests of the modules
-	$(BIN)/pytest tests
+unit: $(STAMP) ## the tests of the modules, on all processors
+	$(BIN)/pytest tests --numprocesses auto --dist loadfile
 
 integration: $(STAMP) ## the tests with other people's programs
 	$(BIN)/pytest integration

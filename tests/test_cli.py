@@ -145,6 +145,7 @@ def test_ls_in_a_pipe_cuts_nothing_off(nbdclone: Callable[..., Done], pool: Pool
 
 CLONE_KEYS = {
     "kind", "name", "id", "size", "allocated", "created", "parent", "quota", "in_use_by", "error", "base", "snapshots",
+    "ephemeral",
 }  # fmt: skip
 BASE_KEYS = {"kind", "name", "id", "size", "allocated", "created", "fingerprint", "source", "clones", "error"}
 
@@ -293,8 +294,8 @@ def test_what_was_found_is_told_although_the_check_cannot_go_on(
 
 
 def test_check_of_a_name_that_is_not_there_is_refused(nbdclone: Callable[..., Done], pool: Pool) -> None:
-    assert_refused(nbdclone("check", "web1", "nothing"), "there is no base or clone 'nothing'")
-    assert_refused(nbdclone("check", "../web1"), "there is no base or clone '../web1'")
+    assert_refused(nbdclone("check", "web1", "nothing"), "there is no base, clone or snapshot 'nothing'")
+    assert_refused(nbdclone("check", "../web1"), "there is no base, clone or snapshot '../web1'")
 
 
 def test_a_quota_is_shown_changed_and_taken_away(nbdclone: Callable[..., Done], pool: Pool) -> None:

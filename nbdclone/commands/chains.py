@@ -1,4 +1,4 @@
-"""What clones stand on: rebase."""
+"""What clones stand on: rebase, hoist."""
 
 from __future__ import annotations
 
@@ -45,6 +45,32 @@ def rebase(
         return
     for line in result["clones"]:
         print(_line(line, onto, keep_changes))
+
+
+@app.command()
+def hoist(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="A base.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and change nothing.")] = False,
+    min_clones: Annotated[
+        int | None, typer.Option("--min-clones", min=2, metavar="N", help="How many are many (default: half of them).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Keep once what many clones of a base have alike at the same place."""
+    from nbdclone.control.client import run_verb
+
+    arguments = {"base": base, "min_clones": min_clones, "dry_run": dry_run}
+    with progress_bar(f"hoist {base}") as progress:
+        result = run_verb(open_pool(), "hoist", arguments, progress)
+    if as_json:
+        print_json(result)
+    elif not result["clones"]:
+        print(f"the clones of '{base}' have nothing alike that would be worth a layer")
+    else:
+        count, layer = len(result["clones"]), show_size(result["layer"])
+        now = "would be" if dry_run else "is"
+        before, after = show_size(result["before"]), show_size(result["after"])
+        print(f"{layer} {now} shared by {count} clones of '{base}': {before} on disk before, {after} after")
 
 
 def _confirm(yes: bool) -> None:

@@ -29,18 +29,19 @@ def snapshot(target: Target, name: str) -> Steps:
 
 def rollback(target: Target, name: str, disconnect: bool = False, dry_run: bool = False) -> Steps:
     """Let a clone be as its snapshot ``clone@name`` is; with ``disconnect`` also while clients have it."""
-    return _go_back(target, *validate_snapshot_name(name), disconnect, dry_run)
+    return (yield from _go_back(target, *validate_snapshot_name(name), disconnect, dry_run))
 
 
 def reset(target: Target, name: str, disconnect: bool = False, dry_run: bool = False) -> Steps:
     """Let a clone be as what it was made from is; with ``disconnect`` also while clients have it."""
     validate_name(name)
-    return _go_back(target, name, None, disconnect, dry_run)
+    return (yield from _go_back(target, name, None, disconnect, dry_run))
 
 
 def _go_back(target: Target, clone: str, wanted: str | None, disconnect: bool, dry_run: bool) -> Steps:
     places = target.pool.places
     report: dict[str, Any] = asdict(look_back(places, clone, wanted))
+    report |= {"layers": list(report["layers"]), "later": list(report["later"])}
     report |= {"clients": target.clients(clone), "done": not dry_run}
     yield 0, 1
     if not dry_run:

@@ -77,4 +77,4 @@ def remove_all(target: Target, names: list[str], dry_run: bool = False) -> Steps
 def measure(target: Target, names: list[str]) -> Steps:
     """Say what everything in the pool takes, or these alone."""
     found = yield from account(target.pool.places, names)
-    return asdict(found)
+    return asdict(found) | {"entries": [asdict(entry) for entry in found.entries]}

@@ -29,6 +29,7 @@ What a verb has to observe:
   is as long a pause after each step, at its ``yield``, if anybody is connected.
 - Whatever changes an open clone goes through ``Opened.change``: no client's change runs beside it. Reads do, and
   flushes. What only reads needs no ``change``.
+- Who needs the pool's lock and a turn to change a clone, takes the lock first (``Places.changing``, then ``change``).
 - It may be interrupted: by GeneratorExit at a ``yield`` when whoever asked has gone or the server ends, by any
   exception at any point, by a kill. ``with`` and ``finally`` put right what they can; what a kill leaves must be what
   it was, or what the same verb goes on from.
@@ -171,9 +172,10 @@ VERBS: dict[str, Verb] = {
         Verb("resize", "worker", "nbdclone.control.space:resize_clone"),
         Verb("rm", "process", "nbdclone.control.space:remove_all"),
         Verb("du", "process", "nbdclone.control.space:measure"),
+        Verb("hoist", "process", "nbdclone.store.hoisting:hoist"),
         Verb("rebase", "process", "nbdclone.store.rebasing:rebase"),
-        Verb("move_clone", "worker", "nbdclone.store.moving:move_clone"),
-        Verb("renew_clone", "worker", "nbdclone.store.moving:renew_clone"),
+        Verb("move-clone", "worker", "nbdclone.store.moving:move_clone"),
+        Verb("renew-clone", "worker", "nbdclone.store.moving:renew_clone"),
     ]
 }  # fmt: skip
 

@@ -27,21 +27,67 @@ ALLOCATION_DEPTH: Final = "qemu:allocation-depth"  # 0 nowhere, 1 the topmost la
 ORIGIN: Final = "nbdclone:origin"  # 0 nowhere, 1 the base, 2 and up the layers above it: of this server
 
 CONTEXTS: Final = ((1, ALLOCATION), (2, ALLOCATION_DEPTH), (3, ORIGIN))
-"""The contexts of this server, the same for every export: (id, name) of each."""
+"""The contexts of this server that every export has: (id, name) of each."""
+
+# And for each snapshot that is beneath an export two that say the same: STATE_DIRTY where it was changed since.
+CHANGED_SINCE: Final = "nbdclone:changed-since="  # of this server
+DIRTY_BITMAP: Final = "qemu:dirty-bitmap:"  # of qemu, whose backup tools know it
+STATE_DIRTY: Final = 1
 
 Descriptors = list[tuple[int, int]]
 """(length in bytes, status) of consecutive extents."""
 
 
-def listed_contexts(queries: Collection[str]) -> list[str]:
+def offered_contexts(snapshots: Iterable[str]) -> list[str]:
+    """The names of all contexts of an export that has these snapshots beneath it."""
+    changes = [prefix + name for name in snapshots for prefix in (CHANGED_SINCE, DIRTY_BITMAP)]
+    return [name for _id, name in CONTEXTS] + changes
+
+
+def snapshot_in(context: str) -> str | None:
+    """The snapshot since which a context tells the changes; None if it is of another kind."""
+    for prefix in (CHANGED_SINCE, DIRTY_BITMAP):
+        if context.startswith(prefix):
+            return context.removeprefix(prefix)
+    return None
+
+
+def _wildcards(context: str) -> Iterable[str]:
+    """The queries of a list that mean it among others: its namespace, and its kind if it has several of that."""
+    yield context[: context.index(":") + 1]
+    if name := snapshot_in(context):
+        yield context.removesuffix(name)
+
+
+_OF_SNAPSHOTS: Final = frozenset(
+    wildcard for prefix in (CHANGED_SINCE, DIRTY_BITMAP) for wildcard in _wildcards(f"{prefix}any")
+)
+
+
+def need_snapshots(queries: Collection[str], listing: bool) -> bool:
+    """Does it take the snapshots of the export to answer these queries, of NBD_OPT_LIST_META_CONTEXT or _SET_?"""
+    if any(snapshot_in(query) for query in queries):
+        return True
+    return listing and (not queries or not _OF_SNAPSHOTS.isdisjoint(queries))
+
+
+def listed_contexts(queries: Collection[str], snapshots: Iterable[str] = ()) -> list[str]:
     """The contexts that match one of the queries of NBD_OPT_LIST_META_CONTEXT; without queries, all there are.
 
-    A namespace and a colon alone mean all of that namespace. What is not known is no error.
+    A namespace and a colon alone mean all of that namespace, a prefix of several names all of those. What is not known
+    is no error.
     """
-    names = [name for _id, name in CONTEXTS]
+    names = offered_contexts(snapshots)
     if not queries:
         return names
-    return [name for name in names if name in queries or name[: name.index(":") + 1] in queries]
+    wanted = set(queries)
+    return [name for name in names if name in wanted or not wanted.isdisjoint(_wildcards(name))]
+
+
+def selected_contexts(queries: Collection[str], snapshots: Iterable[str] = ()) -> tuple[tuple[int, str], ...]:
+    """The (id, name) of those that NBD_OPT_SET_META_CONTEXT names in full."""
+    wanted = set(queries)
+    return tuple(item for item in enumerate(offered_contexts(snapshots), start=1) if item[1] in wanted)
 
 
 def max_status_size(layout: ChunkLayout, extents: int = MAX_DESCRIPTORS) -> int:
@@ -90,12 +136,17 @@ def parse_status_filter(payload: bytes | memoryview, selected: Collection[int]) 
 def merged(descriptors: Iterable[tuple[int, int]]) -> Descriptors:
     """The same with neighbours of one status made one."""
     result: Descriptors = []
+    add_merged(result, descriptors)
+    return result
+
+
+def add_merged(result: Descriptors, descriptors: Iterable[tuple[int, int]]) -> None:
+    """Put what follows at the end of what is merged already, neighbours of one status made one."""
     for length, status in descriptors:
         if result and result[-1][1] == status:
             result[-1] = (result[-1][0] + length, status)
         else:
             result.append((length, status))
-    return result
 
 
 def parse_status(payload: bytes, length: int, one: bool, layout: ChunkLayout = STRUCTURED) -> tuple[int, Descriptors]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from base64 import b64decode, b64encode
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import islice
@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from nbdclone.errors import LocalProtocolError, RemoteProtocolError
 from nbdclone.protocol import wire
-from nbdclone.protocol.block_status import CONTEXTS, listed_contexts
+from nbdclone.protocol.block_status import listed_contexts, need_snapshots, selected_contexts
 from nbdclone.protocol.wire import (
     CLIENT_FLAGS,
     EXPORT_NAME_REPLY,
@@ -59,6 +59,18 @@ class ListExports:
 
 
 @dataclass(frozen=True, slots=True)
+class FindSnapshots:
+    """The client asks for metadata contexts that depend on the snapshots beneath an export. Answer: ``send_contexts``.
+
+    ``option`` is NBD_OPT_LIST_META_CONTEXT or NBD_OPT_SET_META_CONTEXT.
+    """
+
+    export: str
+    option: int
+    queries: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class OpenExport:
     """The client names an export; "" is the default one. Answer: ``accept_export`` or ``refuse_export``."""
 
@@ -85,7 +97,7 @@ class TLSMode(Enum):
     REQUIRED = "required"  # FORCEDTLS
 
 
-Event = ListExports | OpenExport | StartTLS | Aborted
+Event = ListExports | FindSnapshots | OpenExport | StartTLS | Aborted
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,21 +363,34 @@ class ServerHandshake:
         self._unanswered = OpenExport(name, Purpose(option), wants_description)
         return self._unanswered
 
-    def _on_list_contexts(self, option: int, data: bytes) -> None:
-        """Whether there is such an export is told by NBD_OPT_GO: the contexts are the same for all."""
-        _name, queries = self._context_request(data)
-        for context in listed_contexts(queries):
-            self._send_reply(option, OptionReply.META_CONTEXT, META_CONTEXT.pack(0) + context.encode())
-        self._send_reply(option, OptionReply.ACK)
+    def _on_contexts(self, option: int, data: bytes) -> Event | None:
+        """Whether there is such an export is told by NBD_OPT_GO: one that is not there is as one without snapshots."""
+        listing = option == Option.LIST_META_CONTEXT
+        if not listing:
+            self._contexts = ()  # "including when this command fails"
+        name, queries = self._context_request(data)
+        if not listing:
+            self._contexts_export = name
+        asked = FindSnapshots(name, option, tuple(queries))
+        if need_snapshots(queries, listing):
+            self._unanswered = asked
+            return asked
+        self._answer_contexts(asked, ())
+        return None
 
-    def _on_set_contexts(self, option: int, data: bytes) -> None:
-        self._contexts = ()  # "including when this command fails"
-        self._contexts_export, queries = self._context_request(data)
-        wanted = set(queries)
-        self._contexts = tuple((number, context) for number, context in CONTEXTS if context in wanted)
-        for number, context in self._contexts:
-            self._send_reply(option, OptionReply.META_CONTEXT, META_CONTEXT.pack(number) + context.encode())
-        self._send_reply(option, OptionReply.ACK)
+    def _answer_contexts(self, asked: FindSnapshots, snapshots: Collection[str]) -> None:
+        if asked.option == Option.LIST_META_CONTEXT:
+            contexts = tuple((0, name) for name in listed_contexts(asked.queries, snapshots))
+        else:
+            contexts = selected_contexts(asked.queries, snapshots)
+            if len(contexts) > wire.MAX_CONTEXTS:
+                message = f"{len(contexts)} contexts: the limit is {wire.MAX_CONTEXTS}"
+                self._send_error(asked.option, OptionReply.ERR_TOO_BIG, message)
+                return
+            self._contexts = contexts
+        for number, context in contexts:
+            self._send_reply(asked.option, OptionReply.META_CONTEXT, META_CONTEXT.pack(number) + context.encode())
+        self._send_reply(asked.option, OptionReply.ACK)
 
     def _context_request(self, data: bytes) -> tuple[str, list[str]]:
         if self.mode is Mode.SIMPLE:
@@ -389,6 +414,18 @@ class ServerHandshake:
             encode_string(name, wire.MAX_NAME_LENGTH)
         self._outgoing.append(_list_replies(exports))
         self._unanswered = None
+
+    def send_contexts(self, snapshots: Collection[str]) -> None:
+        """Answer ``FindSnapshots`` with the names of those beneath that export; none if there is no such export.
+
+        Raises:
+            LocalProtocolError: nothing was asked.
+        """
+        asked = self._unanswered
+        if not isinstance(asked, FindSnapshots):
+            raise LocalProtocolError("the client did not ask for contexts")
+        self._unanswered = None
+        self._answer_contexts(asked, snapshots)
 
     def accept_export(self, info: ExportInfo) -> None:
         """Answer ``OpenExport``: the export is there. This finishes the handshake, unless INFO asked.
@@ -477,8 +514,8 @@ _SERVER_OPTIONS: Final[dict[int, Callable[[ServerHandshake, int, bytes], Event |
     Option.GO: ServerHandshake._on_info_or_go,
     Option.STRUCTURED_REPLY: ServerHandshake._on_structured_reply,
     Option.EXTENDED_HEADERS: ServerHandshake._on_extended_headers,
-    Option.LIST_META_CONTEXT: ServerHandshake._on_list_contexts,
-    Option.SET_META_CONTEXT: ServerHandshake._on_set_contexts,
+    Option.LIST_META_CONTEXT: ServerHandshake._on_contexts,
+    Option.SET_META_CONTEXT: ServerHandshake._on_contexts,
 }
 
 

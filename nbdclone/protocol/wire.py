@@ -87,7 +87,10 @@ MAX_REPLY_LENGTH: Final = 64 << 10  # bytes of an option reply that a client tak
 MAX_LIST_LENGTH: Final = 16 << 20  # bytes of a list of exports that a client takes: 100,000 long names
 MAX_MINIMUM_BLOCK: Final = 64 << 10  # "Size constraints": the largest minimum that a server may ask for
 MAX_ERROR_CHUNK: Final = MAX_STRING_LENGTH + 64  # bytes of an error chunk: its text and its numbers
-MAX_QUERIES: Final = 256  # of a client for metadata contexts; there are three to be had
+MAX_QUERIES: Final = 256  # of a client for metadata contexts: as many as a deep chain has to be asked about
+MAX_CONTEXTS: Final = (
+    8  # selected at once: of each, every answer tells thousands of extents, and two or three are enough
+)
 MAX_DESCRIPTORS: Final = 1 << 20  # in one chunk of block status ("SHOULD NOT send more than 2^20")
 MAX_FRAGMENTS: Final = 16384  # separate ranges of one read that a client keeps track of
 

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final, NamedTuple
 
 from nbdclone.protocol.block_status import (
     ALLOCATION,
     ALLOCATION_DEPTH,
     ORIGIN,
+    STATE_DIRTY,
+    Descriptors,
+    add_merged,
     max_status_size,
-    merged,
     status_chunk,
 )
 from nbdclone.protocol.wire import ChunkLayout, Cookie, State
 from nbdclone.store.clone import MAX_EXTENTS, Clone
-from nbdclone.store.layer import Extent
+from nbdclone.store.layer import Extent, Layer
+from nbdclone.store.since import changes_since
 
-Contexts = tuple[tuple[int, str], ...]
-"""(id, name) of each context that is to be told, at least one."""
+
+class Context(NamedTuple):
+    """A context that a client selected. ``since``, if it tells changes: the id of the layer since which."""
+
+    id: int
+    name: str
+    since: bytes = b""
+
+
+Contexts = tuple[Context, ...]
+"""What is to be told, at least one."""
 
 _UNALLOCATED: Final = int(State.HOLE | State.ZERO)
 
@@ -29,6 +41,16 @@ _STATUS: Final[dict[str, Callable[[Extent], int]]] = {
     ORIGIN: lambda extent: extent.origin,
 }
 
+_Reader = Callable[[int, Extent], Iterable[tuple[int, int]]]
+
+
+def _reader(context: Context, layers: Sequence[Layer]) -> _Reader:
+    """Says what the context tells of an extent at an offset: descriptors."""
+    if status := _STATUS.get(context.name):
+        return lambda _offset, extent: ((extent.length, status(extent)),)
+    parts = changes_since(context.since, layers)
+    return lambda offset, extent: ((length, STATE_DIRTY if changed else 0) for length, changed in parts(offset, extent))
+
 
 def block_status(
     clone: Clone, contexts: Contexts, cookie: Cookie, offset: int, length: int, one: bool, layout: ChunkLayout
@@ -38,20 +60,28 @@ def block_status(
     Waits for the disk. The range is inside the disk and not empty; where it has more than MAX_EXTENTS extents, the
     reply tells of the first of them. Raises OSError.
     """
-    reads = [_STATUS[name] for _id, name in contexts]
-    extents: list[Extent] = []
-    unfinished = reads  # the contexts whose first extent may go on
-    for extent in clone.extents(offset, length):
-        extents.append(extent)
-        unfinished = [read for read in unfinished if read(extent) == read(extents[0])]
-        if one and not unfinished:
-            break
-    chunks: list[bytes] = []
-    for (context, _name), read in zip(contexts, reads, strict=True):
-        descriptors = merged((extent.length, read(extent)) for extent in extents)
-        told = descriptors[:1] if one else descriptors
-        chunks.append(status_chunk(cookie, context, told, last=len(chunks) == len(contexts) - 1, layout=layout))
-    return chunks
+    with clone.surveyed(offset, length) as (layers, extents):
+        told = _descriptors([_reader(context, layers) for context in contexts], offset, extents, one)
+    last = len(contexts) - 1
+    return [
+        status_chunk(cookie, context.id, descriptors[:1] if one else descriptors, last=index == last, layout=layout)
+        for index, (context, descriptors) in enumerate(zip(contexts, told, strict=True))
+    ]
+
+
+def _descriptors(readers: Sequence[_Reader], offset: int, extents: Iterator[Extent], one: bool) -> list[Descriptors]:
+    """What each reader tells of the extents; ``one``: no further than it takes to know the first of each."""
+    found: list[Descriptors] = [[] for _ in readers]
+    unfinished = list(zip(readers, found, strict=True))
+    for extent in extents:
+        for read, descriptors in unfinished:
+            add_merged(descriptors, read(offset, extent))
+        offset += extent.length
+        if one:
+            unfinished = [item for item in unfinished if len(item[1]) == 1]
+            if not unfinished:
+                break
+    return found
 
 
 def largest_reply(contexts: Contexts, one: bool, layout: ChunkLayout) -> int:

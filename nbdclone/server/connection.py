@@ -6,20 +6,23 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nbdclone.errors import NBDCloneError, RemoteProtocolError
-from nbdclone.protocol.handshake import ListExports, OpenExport, Purpose, ServerHandshake, StartTLS
-from nbdclone.protocol.wire import NBD_REP_ERR_UNKNOWN, ExportInfo, transmission_flags
+from nbdclone.protocol.block_status import snapshot_in
+from nbdclone.protocol.handshake import FindSnapshots, ListExports, OpenExport, Purpose, ServerHandshake, StartTLS
+from nbdclone.protocol.wire import NBD_REP_ERR_POLICY, NBD_REP_ERR_UNKNOWN, ExportInfo, transmission_flags
 from nbdclone.server.access import refused_by
+from nbdclone.server.block_status import Context, Contexts
 from nbdclone.server.errnos import describe, refusal
 from nbdclone.server.export import Export
 from nbdclone.server.peer import Peer
 from nbdclone.server.relay import Relay
 from nbdclone.server.session import Session
 from nbdclone.server.tls import AnySocket, TLSSocket
+from nbdclone.store.names import split_name
 
 if TYPE_CHECKING:
     from nbdclone.server.host import Host
@@ -47,6 +50,11 @@ class Opener(Protocol):
 
     async def names(self, shown: Callable[[str], bool]) -> list[str]:
         """The names of the exports there are, as far as they are to be shown."""
+
+    async def snapshots_beneath(self, name: str) -> dict[str, bytes]:
+        """The snapshots on which an export stands: of each the layer's id, by its name. None if there is no
+        export. Raises StorageError, OSError.
+        """
 
 
 class Elsewhere(Exception):
@@ -158,6 +166,9 @@ class Connection:
             event = handshake.next_event() or handshake.unanswered  # the latter has been moved with it
             if isinstance(event, ListExports):
                 handshake.send_list([(name, "") for name in await self._exports.names(self._may_have)])
+            elif isinstance(event, FindSnapshots):
+                with self._own_time():
+                    handshake.send_contexts(await self._snapshots(event.export))
             elif isinstance(event, OpenExport):
                 try:
                     await self._answer(handshake, event)
@@ -177,8 +188,9 @@ class Connection:
                         return
                     handshake.receive_data(data)
         assert self._export is not None
-        server = self._server
-        self._session = Session(self._sock, self._peer, self._export, handshake.finished, server.scratch, self._loop)
+        server, agreed = self._server, handshake.finished
+        contexts = await self._bind(agreed.export.name, agreed.contexts)
+        self._session = Session(self._sock, self._peer, self._export, agreed, contexts, server.scratch, self._loop)
         if self._drained:  # while the last option was answered
             self._session.drain()
         await self._session.serve(handshake.trailing_data())
@@ -224,12 +236,42 @@ class Connection:
         logger.debug("%s: %s, certificate: %r", self._peer, secured.version, secured.subject)
 
     async def _answer(self, handshake: ServerHandshake, event: OpenExport) -> None:
-        """Open the export that the client names; the time that takes is not the client's."""
+        """Open the export that the client names."""
+        with self._own_time():
+            await self._open(handshake, event)
+
+    @contextlib.contextmanager
+    def _own_time(self) -> Iterator[None]:
+        """The time that this takes is not the client's."""
         began = self._loop.time()
         try:
-            await self._open(handshake, event)
+            yield
         finally:
             self._deadline += self._loop.time() - began
+
+    async def _snapshots(self, export: str) -> list[str]:
+        """The snapshots beneath an export, as far as this client may know that they are there.
+
+        Who may not have the export gets the answer for one that is not there, as slowly (see ``_open``).
+        """
+        decoy = self._server.settings.access.decoy(export)
+        found = await self._beneath(export if self._may_have(export) else decoy)
+        clone = split_name(export)[0]
+        return [name for name in found if self._may_have(f"{clone}@{name}")]
+
+    async def _bind(self, export: str, contexts: Sequence[tuple[int, str]]) -> Contexts:
+        """The contexts, with what their names mean at this moment: another snapshot may be made under one later."""
+        since = {name: snapshot_in(name) for _id, name in contexts}
+        found = await self._beneath(export) if any(since.values()) else {}
+        return tuple(Context(number, name, found.get(since[name] or "", b"")) for number, name in contexts)
+
+    async def _beneath(self, export: str) -> dict[str, bytes]:
+        """The snapshots beneath an export; where that cannot be read, none are told of."""
+        try:
+            return await self._exports.snapshots_beneath(export)
+        except (NBDCloneError, OSError) as error:
+            self._log_refusal(export, describe(error), NBD_REP_ERR_POLICY)
+            return {}
 
     async def _open(self, handshake: ServerHandshake, event: OpenExport) -> None:
         # Who may not have it must not learn that it is there, by the time that the answer takes either: another name is

@@ -248,6 +248,10 @@ class Exports:
         """Raise NotFound unless there is an export of that name."""
         await self._keeper.run(lambda: self._pool.require(name))
 
+    async def snapshots_beneath(self, name: str) -> dict[str, bytes]:
+        """What ``Pool.snapshots_beneath`` tells at this moment. Raises StorageError, OSError."""
+        return await self._keeper.run(lambda: self._pool.snapshots_beneath(name))
+
     async def names(self, shown: Callable[[str], bool]) -> list[str]:
         """The names of the exports there are at this moment, as far as they are to be shown."""
         return await self._keeper.run(lambda: [name for name in self._pool.names() if shown(name)])

@@ -130,6 +130,7 @@ class Session:
         peer: Peer,
         export: Export,
         negotiated: Negotiated,
+        contexts: Contexts,
         scratch: Scratch,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
@@ -141,7 +142,7 @@ class Session:
         mode = negotiated.mode
         self._structured = mode is not Mode.SIMPLE
         self._layout = EXTENDED if mode is Mode.EXTENDED else STRUCTURED
-        self._contexts = negotiated.contexts
+        self._contexts = contexts
         self._read_header = self._layout.read.size if self._structured else SIMPLE_REPLY.size
         self._buffers = scratch.buffers
         self._scratch = scratch
@@ -292,7 +293,7 @@ class Session:
         if self._cold:
             self._read_cold()
         self._output.push()
-        if self._waiting:  # maybe for time alone
+        if self._waiting and self._fits(self._waiting[0][0]):  # for time alone
             self._go_on_soon()
         if self._full():
             self._input.stop()
@@ -345,7 +346,7 @@ class Session:
 
     def _run_filtered_status(self, flags: int, cookie: Cookie, offset: int, payload: memoryview) -> None:
         """Block status in some of the contexts, which the payload names."""
-        asked = parse_status_filter(payload, [number for number, _name in self._contexts])
+        asked = parse_status_filter(payload, [context.id for context in self._contexts])
         if asked is None:
             self._reply(cookie, EINVAL, "not a length and ids of contexts that were selected, each once")
             return
@@ -354,7 +355,7 @@ class Session:
         if error := request_error(self._info, self._structured, flags, CMD_BLOCK_STATUS, offset, length):
             self._reply(cookie, error)
         else:
-            contexts = tuple(context for context in self._contexts if context[0] in numbers)
+            contexts = tuple(context for context in self._contexts if context.id in numbers)
             self._ask_status(flags, cookie, offset, length, contexts)
 
     def _ask_status(self, flags: int, cookie: Cookie, offset: int, length: int, contexts: Contexts) -> None:

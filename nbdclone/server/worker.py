@@ -93,6 +93,9 @@ class Seat:
     async def names(self, shown: Callable[[str], bool]) -> list[str]:
         return await self._exports.names(shown)
 
+    async def snapshots_beneath(self, name: str) -> dict[str, bytes]:
+        return await self._exports.snapshots_beneath(name)
+
     def gone(self) -> None:
         """The connection has ended here."""
         if self._relayed or not self._moved:

@@ -67,13 +67,13 @@ def changed_ranges(a: Sequence[Layer], b: Sequence[Layer]) -> Iterator[tuple[int
     if not shared:
         raise UsageError("they have no layer in common, so that their maps cannot tell in what they differ")
     size = b[-1].size
-    cut = [found for chain in (a, b) for found in _cut_off(chain, shared)]
+    cut = [found for chain in (a, b) for found in cut_off(chain, shared)]
     if a[-1].size < size:
         cut.append((a[-1].size, size))
     return _ranges_in([*a[shared:], *b[shared:]], cut, size)
 
 
-def _cut_off(chain: Sequence[Layer], first: int) -> Iterator[tuple[int, int]]:
+def cut_off(chain: Sequence[Layer], first: int) -> Iterator[tuple[int, int]]:
     """The (start, end) of what lies beneath the layers from ``first`` on, and is not seen through them."""
     for beneath, layer in zip(chain[first - 1 :], chain[first:], strict=False):
         if isinstance(layer, Sealed | Delta) and layer.header.overlap is not None:

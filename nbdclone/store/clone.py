@@ -326,18 +326,20 @@ class Clone:
         ``limit`` steps, but not before it told something. A change that runs beside it is told, or not. Raises
         UsageError beyond the end, OSError.
         """
+        with self.surveyed(offset, length, limit) as (_layers, extents):
+            yield from extents
+
+    @contextlib.contextmanager
+    def surveyed(
+        self, offset: int, length: int, limit: int = MAX_EXTENTS
+    ) -> Iterator[tuple[tuple[Layer, ...], Iterator[Extent]]]:
+        """The same extents, and the layers to which their origins belong, also if the chain is exchanged meanwhile.
+
+        If a snapshot puts a new delta on top meanwhile, the origin of what is written then is above all these layers.
+        """
         self._require_inside(offset, length)
-        last: Extent | None = None
         with self._reading() as chain:
-            for extent in islice(self._stretches(chain, offset, length), limit):
-                if last is not None and last[1:] == extent[1:]:
-                    last = last._replace(length=last.length + extent.length)
-                    continue
-                if last is not None:
-                    yield last
-                last = extent
-        if last is not None:
-            yield last
+            yield chain.layers, _joined(islice(self._stretches(chain, offset, length), limit))
 
     def _stretches(self, chain: _Chain, offset: int, length: int) -> Iterator[Extent]:
         """The same, unbounded and unmerged: each within one segment and one layer."""
@@ -888,6 +890,20 @@ def _add_run(runs: list[tuple[int, int]], offset: int, length: int) -> None:
         runs[-1] = (runs[-1][0], runs[-1][1] + length)
     else:
         runs.append((offset, length))
+
+
+def _joined(extents: Iterator[Extent]) -> Iterator[Extent]:
+    """The same with neighbours that are alike as one."""
+    last: Extent | None = None
+    for extent in extents:
+        if last is not None and last[1:] == extent[1:]:
+            last = last._replace(length=last.length + extent.length)
+            continue
+        if last is not None:
+            yield last
+        last = extent
+    if last is not None:
+        yield last
 
 
 def _pieces(offset: int, length: int) -> Iterator[tuple[int, int]]:

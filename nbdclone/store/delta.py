@@ -137,28 +137,6 @@ class Delta:
             raise
         return delta
 
-    @classmethod
-    def open_shared(cls, path: Path, what: str, fs: FileSystem = FILE_SYSTEM) -> Delta:
-        """Open a layer, which others read, to give it blocks. The caller sees to it that nobody else does.
-
-        Whose layer it was does not matter: it has no quota. Raises what :meth:`open` raises; InUse if it is being
-        removed.
-        """
-        try:
-            fd = fs.open_file(path, os.O_RDWR)
-        except FileNotFoundError:
-            raise NotFound(f"{what} is not there ({path})") from None
-        try:
-            fs.lock(fd, path, what, shared=True)
-            if not fs.still_there(path, fs.fstat(fd)):
-                raise NotFound(f"{what} was removed just now ({path})")
-            delta = cls(path, replace(read_header(fd, str(path), fs), quota=0), fd, fs)
-            delta._inherit()
-        except BaseException:
-            fs.close(fd)
-            raise
-        return delta
-
     def _inherit(self) -> None:
         """Take over what a process that was killed had marked and not flushed, and what records tell."""
         try:

@@ -50,18 +50,19 @@ def flatten(target: Target, name: str) -> Steps:
             copied += yield from copy_up_all(opened, f"flatten '{name}'")
             opened.flush()
             # A power cut from now on: all that has data beneath is durably the delta's, whatever the header says.
-            if opened.change(partial(_cut, places, clone, seen)):
+            with places.changing():  # before it is our turn to change the clone, as everywhere
+                cut = opened.change(partial(_cut, clone, seen))
+            if cut:
                 opened.change_here(lambda: clone.relayer([]))
         kept = [f"{name}@{snapshot}" for snapshot in places.snapshots(name, clone.delta.header.id)]
     return {"name": name, "was_over": was, "copied": copied, "snapshots_over_it": kept}
 
 
-def _cut(places: Places, clone: Clone, seen: int) -> bool:
+def _cut(clone: Clone, seen: int) -> bool:
     """Nobody changes the clone. False: a snapshot or the like came between, and all is to be looked at once more."""
-    with places.changing():
-        if clone.restacked != seen:
-            return False
-        clone.delta.change_header(
-            parent_id=NO_PARENT, parent_name="", fingerprint=_NO_FINGERPRINT, origin=NO_PARENT, overlap=None
-        )
-        return True
+    if clone.restacked != seen:
+        return False
+    clone.delta.change_header(
+        parent_id=NO_PARENT, parent_name="", fingerprint=_NO_FINGERPRINT, origin=NO_PARENT, overlap=None
+    )
+    return True

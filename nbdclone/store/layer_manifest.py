@@ -107,6 +107,25 @@ def forget_manifest(places: Places, layer_id: bytes) -> None:
             places.fs.sync_directory(directory)
 
 
+@contextlib.contextmanager
+def adding_blocks(places: Places, layer_id: bytes) -> Iterator[None]:
+    """Be the only one who adds blocks to a layer, which has no manifest from now on.
+
+    Raises InUse, NotFound, OSError.
+    """
+    fs, path = places.fs, places.layer(layer_id).with_name(WRITER)
+    try:
+        fd = fs.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except FileNotFoundError:
+        raise NotFound(f"layer {layer_id.hex()} is not there any more") from None
+    try:
+        fs.lock(fd, path, f"layer {layer_id.hex()}")
+        forget_manifest(places, layer_id)
+        yield
+    finally:
+        fs.close(fd)
+
+
 def record_manifest(fs: FileSystem, directory: Path, header: Header, hashes: list[tuple[int, bytes]]) -> None:
     """Write down, durably, what a layer's chunks hash to: the manifest, and then the record that makes it count."""
     write_manifest(fs, directory, header, hashes)

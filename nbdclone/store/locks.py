@@ -126,17 +126,20 @@ def take_after_the_dying(fd: int, *, shared: bool = False) -> None:
 
     Raises BlockingIOError, whose text says in words who has it, OSError.
     """
-    began = time.monotonic()
+    began, ended = time.monotonic(), None
     while True:
         try:
             return take(fd, shared=shared)
         except BlockingIOError:
             status = os.fstat(fd)
             pid = holders().get((status.st_dev, status.st_ino))
-            if pid is None:
-                patience, words = LET_GO_S, _holder_unseen(fd)
+            patience = 0.0
+            if pid is not None and not _is_dying(pid):
+                words = describe_process(pid)
+            elif (ended := pid or ended) is not None:  # and from which another may have it, that goes on for a while
+                patience, words = DYING_S, f"process {ended}, which is ending"
             else:
-                patience, words = DYING_S if _is_dying(pid) else 0.0, describe_process(pid)
+                patience, words = LET_GO_S, _holder_unseen(fd)
             if time.monotonic() - began >= patience:
                 raise BlockingIOError(errno.EAGAIN, words) from None
         time.sleep(RETRY_S)

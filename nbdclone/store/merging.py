@@ -14,7 +14,6 @@ Before anything, whoever was made from X and would be reset to it, is to be rese
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,6 +25,7 @@ from nbdclone.store.clone import Clone
 from nbdclone.store.copying import copy_up_all
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import NO_PARENT, Header
+from nbdclone.store.layer_manifest import adding_blocks
 from nbdclone.store.opening import open_beneath
 from nbdclone.store.places import Places
 from nbdclone.store.removal import collect
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from nbdclone.control.verbs import Steps, Target
 
 T = TypeVar("T")
-
-# Held, in a layer's directory, by whoever merges it, or merges something into it.
-WRITER = "writer"
 
 
 class Merge(NamedTuple):
@@ -142,7 +139,7 @@ def merge_into(target: Target, name: str, layer: str) -> Steps:
     """Merge the layer right beneath a clone's delta, which has no name and no other child, into the delta."""
     places, layer_id = target.pool.places, bytes.fromhex(layer)
     merge = None
-    with _writing(places, layer_id), target.opened(name) as opened:
+    with adding_blocks(places, layer_id), target.opened(name) as opened:
         clone = opened.clone
         copied = 0
         while True:
@@ -156,19 +153,19 @@ def merge_into(target: Target, name: str, layer: str) -> Steps:
             )
             # Both slots of the map: the layer is about to go.
             clone.delta.settle_all()
-            if opened.change(partial(_reparent, places, clone, seen, layer_id)):
-                break
+            with places.changing():  # before it is our turn to change the clone, as everywhere
+                if opened.change(partial(_reparent, places, clone, seen, layer_id)):
+                    break
         _relayer(places, clone, opened.change_here)
     return {"name": name, "merged": True, "copied": copied}
 
 
 def _reparent(places: Places, clone: Clone, seen: int, layer_id: bytes) -> bool:
     """Nobody changes the clone. False: a snapshot or the like came between."""
-    with places.changing():
-        if clone.restacked != seen:
-            return False
-        clone.delta.change_header(**_header_over(clone.delta.header, places.header(places.layer(layer_id))))
-        return True
+    if clone.restacked != seen:
+        return False
+    clone.delta.change_header(**_header_over(clone.delta.header, places.header(places.layer(layer_id))))
+    return True
 
 
 def relayer(target: Target, name: str, origin: str | None = None, lower: str | None = None) -> Steps:
@@ -222,7 +219,7 @@ class _Alone:
 def merge_layers(places: Places, merge: Merge) -> Steps:
     """Merge a layer into its only child, which is a layer too. Raises InUse if either is being merged already."""
     child, what = places.layer(merge.child), f"layer {merge.child.hex()}"
-    with _writing(places, merge.layer), _writing(places, merge.child):
+    with adding_blocks(places, merge.layer), adding_blocks(places, merge.child):
         delta = Delta.open(child, what, places.fs, shared=True)
         try:
             layers = open_beneath(places, what, delta.header)
@@ -289,18 +286,3 @@ def _collect(places: Places) -> None:
         collect(places, held, going)
     for _, trash in going:
         places.fs.remove_tree(trash, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _writing(places: Places, layer_id: bytes) -> Iterator[None]:
-    """Be the only one who merges this layer. Raises InUse, NotFound."""
-    path = places.layer(layer_id).parent / WRITER
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except FileNotFoundError:
-        raise NotFound(f"layer {layer_id.hex()} is not there any more") from None
-    try:
-        places.fs.lock(fd, path, f"layer {layer_id.hex()}")
-        yield
-    finally:
-        os.close(fd)

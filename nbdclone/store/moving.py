@@ -20,7 +20,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,18 +31,20 @@ from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import NO_PARENT, Header, change_header
 from nbdclone.store.difference import NO_BLOCKS, blocks_in, both, owned_by, runs_of, without
 from nbdclone.store.layer import BITMAP_SIZE, BLOCK_SIZE, BLOCKS_PER_SEGMENT, Layer
+from nbdclone.store.layer_manifest import adding_blocks
 from nbdclone.store.opening import open_beneath
 from nbdclone.store.places import Places
+from nbdclone.store.snapshots import origin_of
 
 if TYPE_CHECKING:
     from nbdclone.control.verbs import Opened, Steps, Target
 
 # Runs of blocks that are copied in one step: of single blocks, some 10 ms.
 RUNS_AT_ONCE = 128
+# What is dropped in one step: it syncs some times, and clients' changes wait for that.
+DROPPED_AT_ONCE = 4 << 20
 # How long it is waited until a change ends that is under way, before it is tried again to exchange what lies beneath.
 RETRY_S = 0.005
-# The file that tells others, for as long as it is locked, that a layer is being changed in place.
-WRITER = "writer"
 # A move in a file: magic, CRC-32 of the rest; the length of a head in JSON, the head, and for each segment its number
 # (8 bytes) and its bitmap.
 _MAGIC = b"NBDMOVE1"
@@ -51,7 +53,8 @@ _MAGIC = b"NBDMOVE1"
 @dataclass(frozen=True, slots=True)
 class Move:
     """From which parent to which; ``overlap``: bytes of the new one that may be seen, None for all; ``bitmaps``: the
-    blocks in which the two differ, for each segment that has some.
+    blocks in which the two differ, for each segment that has some. ``inserted``: the target stands on the source, which
+    stays what the clones were made from.
     """
 
     source: bytes
@@ -60,16 +63,20 @@ class Move:
     fingerprint: bytes
     overlap: int | None
     bitmaps: Mapping[int, bytes] = field(repr=False)
+    inserted: bool = False
 
     def renewed(self, header: Header) -> Header:
         """The header of a delta after the move."""
         seen = [size for size in (header.overlap, self.overlap) if size is not None]
+        origin = self.target if header.origin == self.source else header.origin
+        if self.inserted:
+            origin = origin_of(header)
         return replace(
             header,
             parent_id=self.target,
             parent_name=self.target_name,
             fingerprint=self.fingerprint,
-            origin=self.target if header.origin == self.source else header.origin,
+            origin=origin,
             overlap=min(seen, default=None),
         )
 
@@ -81,6 +88,7 @@ class Move:
             "target_name": self.target_name,
             "fingerprint": self.fingerprint.hex(),
             "overlap": self.overlap,
+            "inserted": self.inserted,
         }
         encoded = json.dumps(head).encode()
         body = b"".join(
@@ -116,6 +124,7 @@ class Move:
             bytes.fromhex(head["fingerprint"]),
             head["overlap"],
             bitmaps,
+            head["inserted"],
         )
 
 
@@ -154,18 +163,23 @@ def copies(move: Move, clone: Clone) -> Iterator[list[tuple[int, int]]]:
     delta = clone.delta
     for segment in sorted(move.bitmaps):
         missing = _missing(blocks_in(move.bitmaps[segment]), owned_by([delta], segment), delta.header, segment)
-        batch: list[tuple[int, int]] = []
-        size = 0
-        for offset, length in runs_of(missing, segment):
-            for start in range(offset, offset + length, COPY_SIZE):
-                count = min(COPY_SIZE, offset + length - start)
-                if batch and (size + count > COPY_SIZE or len(batch) == RUNS_AT_ONCE):
-                    yield batch
-                    batch, size = [], 0
-                batch.append((start, count))
-                size += count
-        if batch:
-            yield batch
+        yield from _batches(runs_of(missing, segment), COPY_SIZE)
+
+
+def _batches(runs: Iterable[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int]]]:
+    """The runs, cut in pieces, as many at a time as one step may take: ``most`` bytes."""
+    batch: list[tuple[int, int]] = []
+    size = 0
+    for offset, length in runs:
+        for start in range(offset, offset + length, most):
+            count = min(most, offset + length - start)
+            if batch and (size + count > most or len(batch) == RUNS_AT_ONCE):
+                yield batch
+                batch, size = [], 0
+            batch.append((start, count))
+            size += count
+    if batch:
+        yield batch
 
 
 def take_over(clone: Clone, runs: Sequence[tuple[int, int]]) -> int:
@@ -232,8 +246,8 @@ def _drop(opened: Opened, segment: int, runs: list[tuple[int, int]]) -> int:
     """Give back what of these runs is beneath as well by now. How many bytes."""
     clone, dropped = opened.clone, 0
     opened.flush()  # most of it before anybody has to wait
-    for first in range(0, len(runs), RUNS_AT_ONCE):
-        dropped += opened.change(lambda first=first: clone.drop(runs[first : first + RUNS_AT_ONCE]))  # type: ignore[misc]
+    for batch in _batches(runs, DROPPED_AT_ONCE):
+        dropped += opened.change(lambda batch=batch: clone.drop(batch))  # type: ignore[misc]
     if dropped:
         opened.change_here(lambda: None)  # what the event loop read before this is over
         while not opened.change(lambda: clone.punch_dropped(segment)):
@@ -379,10 +393,8 @@ def growing(places: Places, layer_id: bytes) -> Iterator[Clone]:
     """
     fs, path = places.fs, places.layer(layer_id)
     what = f"layer {layer_id.hex()}"
-    lock = fs.open(path.with_name(WRITER), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fs.lock(lock, path.with_name(WRITER), what)
-        delta = Delta.open_shared(path, what, fs)
+    with adding_blocks(places, layer_id):
+        delta = Delta.open(path, what, fs, shared=True)
         try:
             layers = open_beneath(places, what, delta.header)
         except BaseException:
@@ -390,8 +402,6 @@ def growing(places: Places, layer_id: bytes) -> Iterator[Clone]:
             raise
         with Clone(what, [*layers, delta], fs) as clone:
             yield clone
-    finally:
-        fs.close(lock)
 
 
 def move_layer(places: Places, layer_id: bytes, move: Move) -> Generator[tuple[int, int], None, Plan]:

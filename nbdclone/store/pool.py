@@ -29,6 +29,7 @@ from nbdclone.store.opening import open_beneath, open_disk
 from nbdclone.store.places import ENTRIES, EPHEMERAL, Places
 from nbdclone.store.removal import remove
 from nbdclone.store.sealed import Sealed
+from nbdclone.store.since import snapshots_beneath
 from nbdclone.store.snapshots import go_back, take_snapshot
 
 logger = logging.getLogger("nbdclone")
@@ -250,6 +251,13 @@ class Pool:
             self.places.snapshot(name)
         else:
             self.places.place(name)
+
+    def snapshots_beneath(self, name: str) -> dict[str, bytes]:
+        """The snapshots since which it is known what was changed in an export: of each the layer's id, by its name.
+
+        None if there is no such export. Raises StorageError, OSError.
+        """
+        return snapshots_beneath(self.places, name)
 
     def open_clone(self, name: str) -> Clone:
         """Open a clone for reading and writing, or a base or snapshot for reading.

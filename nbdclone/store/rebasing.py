@@ -64,7 +64,7 @@ def rebase(target: Target, names: list[str], onto: str, keep_changes: bool = Fal
     """
     places = target.pool.places
     with contextlib.ExitStack() as held:
-        new = _open_target(places, onto)
+        new = open_base(places, onto)
         held.callback(new.close)
         moved = _resolve(places, names, new)
         bases = _open_sources(places, moved, new, held)
@@ -83,7 +83,7 @@ def rebase(target: Target, names: list[str], onto: str, keep_changes: bool = Fal
         total = len(bases) + len(waiting)
         moves: dict[bytes, tuple[Move, str]] = {}
         for number, (old_id, old) in enumerate(bases.items()):
-            bitmaps = yield from _part(compare_bases(old, new), number, total)
+            bitmaps = yield from part(compare_bases(old, new), number, total)
             move = _move(old, new, bitmaps)
             file = staging / f"move-{number}"
             move.save(file)
@@ -93,7 +93,7 @@ def rebase(target: Target, names: list[str], onto: str, keep_changes: bool = Fal
             for each in moved
             if each.header.parent_id != new.record.id
         ]
-        found = yield from _part(together(works), len(bases), total, len(works))
+        found = yield from part(together(works), len(bases), total, len(works))
         done = {line["name"]: line for lines in found for line in lines}
         reports = [done.get(name) or _line(name, "already") for each in moved for name in each.clones]
         if keep_changes:
@@ -104,7 +104,8 @@ def rebase(target: Target, names: list[str], onto: str, keep_changes: bool = Fal
 # What is asked for
 
 
-def _open_target(places: Places, onto: str) -> Image:
+def open_base(places: Places, onto: str) -> Image:
+    """A base that is named in a command. Raises NotFound, UsageError, and what ``Image.open`` raises."""
     if "/" in onto:
         raise UsageError(f"'{onto}' is no base of this pool: clones go to bases of their own pool ('nbdclone import')")
     if split_name(onto)[1] is not None or (is_name(onto) and (places.clones / onto).is_dir()):
@@ -192,7 +193,7 @@ def _move_one(
 ) -> Generator[tuple[int, int], None, list[dict[str, Any]]]:
     if moved.layer is None:
         (name,) = moved.clones
-        report = yield from target.run("move_clone", {"name": name, "move": path, "dry_run": dry_run})
+        report = yield from target.run("move-clone", {"name": name, "move": path, "dry_run": dry_run})
         return [report]
     places = target.pool.places
     layer = places.layer(moved.layer)
@@ -217,7 +218,7 @@ def _renew_all(target: Target, moved: _Moved, source: bytes | None, new: Image) 
             renew_above(places, places.layer(layer), source, new.record.id, new.record.fingerprint)
     ids = {"successor": new.record.id.hex(), "fingerprint": new.record.fingerprint.hex()}
     for name in moved.clones:
-        yield from target.run("renew_clone", {"name": name, "source": source.hex() if source else None, **ids})
+        yield from target.run("renew-clone", {"name": name, "source": source.hex() if source else None, **ids})
 
 
 # Keeping the changes
@@ -269,7 +270,7 @@ def _result(onto: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
     return {"onto": onto, "clones": lines}
 
 
-def _part(steps: Generator[tuple[int, int], None, Any], number: int, total: int, parts: int = 1) -> Steps:
+def part(steps: Generator[tuple[int, int], None, Any], number: int, total: int, parts: int = 1) -> Steps:
     """The steps, as ``parts`` of ``total`` parts, from that number on."""
     with contextlib.closing(steps):
         while True:

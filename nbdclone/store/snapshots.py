@@ -67,15 +67,22 @@ def take_snapshot(
     written before. Raises UsageError and its children (nothing was changed), OSError, CloneFailed.
     """
     validate_name(snapshot)
-    name, fs = clone.name, places.fs
-    own = places.clones / name
+    name = clone.name
     if clone.read_only:
         raise UsageError(f"'{name}' is read-only: snapshots are made of clones")
     if len(clone.layers) >= MAX_LAYERS:
         raise UsageError(f"'{name}' has {MAX_LAYERS} layers, as many as there may be: remove a snapshot first")
     clone.flush()  # most of it before anybody has to wait
+    while not _try_snapshot(places, clone, snapshot, hold):
+        pass  # another snapshot, or another size or quota, came in between
+
+
+def _try_snapshot(places: Places, clone: Clone, snapshot: str, hold: Callable[[Callable[[], None]], None]) -> bool:
+    """False, and nothing was changed, if the clone's delta is not any more what it was at the beginning."""
+    name, fs = clone.name, places.fs
+    own = places.clones / name
     with places.no_space_left(f"snapshot '{name}@{snapshot}'"), places.staging() as staging:
-        old = clone.delta.header
+        old = places.header(own / "delta")
         Delta.create(staging / "delta", successor(old, old.id, f"{name}@{snapshot}"), fs)
         write_durably(staging / "record", Snapshot(old.id, time.time_ns()).dump(), fs)
         fs.mkdir(staging / "layer")
@@ -86,6 +93,8 @@ def take_snapshot(
         try:
             with places.changing():
                 _require_present(places, clone)
+                if places.header(own / "delta") != old:
+                    return False
                 clear_cut_off(places, name, old.id)
                 if snapshot in places.snapshots(name, old.id):
                     raise NameTaken(f"there is a snapshot '{name}@{snapshot}' already")
@@ -109,6 +118,7 @@ def take_snapshot(
         finally:
             if not committed:
                 new.close()
+    return True
 
 
 def _place(places: Places, staging: Path, own: Path, layer_id: bytes, snapshot: str) -> None:

@@ -17,7 +17,15 @@ from nbdclone.errors import RemoteProtocolError
 from nbdclone.protocol import wire
 from nbdclone.protocol.block_status import merged, parse_status_filter, status_chunk
 from nbdclone.protocol.client_handshake import ClientHandshake, Opened, Refused
-from nbdclone.protocol.handshake import AHEAD_OF_TLS, ListExports, OpenExport, ServerHandshake, StartTLS, TLSMode
+from nbdclone.protocol.handshake import (
+    AHEAD_OF_TLS,
+    FindSnapshots,
+    ListExports,
+    OpenExport,
+    ServerHandshake,
+    StartTLS,
+    TLSMode,
+)
 from nbdclone.protocol.pending import Completed
 from nbdclone.protocol.requests import Request, request_layout
 from nbdclone.protocol.transmission import (
@@ -116,6 +124,8 @@ class Server:
             match event:
                 case ListExports():
                     self.handshake.send_list([("web1", "a disk")])
+                case FindSnapshots():
+                    self.handshake.send_contexts(["golden"])
                 case OpenExport("web1"):
                     flags = transmission_flags(self.read_only)
                     self.handshake.accept_export(ExportInfo("web1", DISK_SIZE, flags, "a disk"))

@@ -7,10 +7,11 @@ from feeding import TLS_BEGINS, Choices, Cut, agree, text
 
 from nbdclone.errors import RemoteProtocolError
 from nbdclone.protocol import wire
-from nbdclone.protocol.block_status import CONTEXTS, parse_status_filter
+from nbdclone.protocol.block_status import parse_status_filter
 from nbdclone.protocol.handshake import (
     AHEAD_OF_TLS,
     Event,
+    FindSnapshots,
     ListExports,
     OpenExport,
     Purpose,
@@ -27,6 +28,7 @@ MAX_SENT = 20 + 4 + wire.MAX_NAME_LENGTH + wire.MAX_LISTED_LENGTH  # of one repl
 # As they were when this was imported: a defect that changes them is to be seen.
 MAX_OPTION_LENGTH = wire.MAX_OPTION_LENGTH
 MAX_PAYLOAD = wire.MAX_PAYLOAD
+MAX_CONTEXTS = wire.MAX_CONTEXTS
 ERRORS = {0, wire.EPERM, wire.EINVAL, wire.ENOSPC, wire.EOVERFLOW}
 KNOWN_FLAGS = w.FUA | w.NO_HOLE | w.DF | w.REQ_ONE | w.FAST_ZERO | w.PAYLOAD_LEN
 
@@ -79,12 +81,18 @@ class Haggling:
 
     def _note(self, event: Event) -> None:
         secure = StartTLS() in self.told
-        assert secure or self.mode is not TLSMode.REQUIRED or not isinstance(event, ListExports | OpenExport)
+        assert (
+            secure
+            or self.mode is not TLSMode.REQUIRED
+            or not isinstance(event, ListExports | FindSnapshots | OpenExport)
+        )
         self.told.append(event)
         accepted = self._answers >> (len(self.told) % 6) & 1
         match event:
             case ListExports():
                 self.server.send_list([(f"web{number}", "a disk" * 400) for number in range(self._exports)])
+            case FindSnapshots():
+                self.server.send_contexts([f"s{number}" for number in range(self._exports)])
             case OpenExport(name) if accepted:
                 assert len(name.encode()) <= wire.MAX_NAME_LENGTH
                 self.server.accept_export(ExportInfo(name, 1 << 30, transmission_flags(False), "a disk"))
@@ -101,7 +109,7 @@ class Haggling:
         assert self.over or len(received) < wire.OPTION.size + MAX_OPTION_LENGTH
         if self.server._client_flags is not None and len(received) >= wire.OPTION.size and not self.over:
             assert wire.OPTION.unpack_from(received)[2] <= MAX_OPTION_LENGTH
-        assert len(self.server._contexts) <= len(CONTEXTS)
+        assert len(self.server._contexts) <= MAX_CONTEXTS
 
 
 def _haggle(choices: Choices, stream: bytes, cut: Cut) -> list[object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import wirebytes as w
@@ -12,7 +12,7 @@ from nbdclone.errors import LocalProtocolError, RemoteProtocolError
 from nbdclone.protocol import block_status, wire
 from nbdclone.protocol.block_status import CONTEXTS, merged, parse_status_filter, status_chunk, status_filter
 from nbdclone.protocol.client_handshake import ClientHandshake, ContextsSet, Opened, Ready, Refused
-from nbdclone.protocol.handshake import OpenExport, ServerHandshake
+from nbdclone.protocol.handshake import FindSnapshots, OpenExport, ServerHandshake
 from nbdclone.protocol.pending import Completed
 from nbdclone.protocol.transmission import ClientTransmission
 from nbdclone.protocol.wire import ExportInfo, Mode, transmission_flags
@@ -30,10 +30,16 @@ def greeted(*, structured: bool = True) -> ServerHandshake:
     return server
 
 
-def ask(server: ServerHandshake, number: int, data: bytes) -> list[tuple[int, int, bytes]]:
-    """The replies to an option that the server answers by itself."""
+def ask(
+    server: ServerHandshake, number: int, data: bytes, snapshots: Sequence[str] = ()
+) -> list[tuple[int, int, bytes]]:
+    """The replies to an option about contexts, of an export with these snapshots beneath it."""
     server.receive_data(w.option(number, data))
-    assert server.next_event() is None
+    if (event := server.next_event()) is not None:
+        assert isinstance(event, FindSnapshots)
+        assert server.next_event() is None
+        assert server.data_to_send() == []
+        server.send_contexts(snapshots)
     return w.option_replies(b"".join(server.data_to_send()))
 
 
@@ -102,6 +108,92 @@ def test_set_selects_what_is_named_in_full_once_and_ignores_the_rest(
     ids = [struct.unpack_from(">I", data)[0] for _number, _reply, data in replies[:-1]]
     assert len(set(ids)) == len(ids)
     assert go(server) == tuple(zip(ids, [name.decode() for name in expected], strict=True))
+
+
+# Contexts of snapshots
+
+SNAPSHOTS = ["golden", "old"]
+SINCE = [b"nbdclone:changed-since=golden", b"nbdclone:changed-since=old"]
+BITMAPS = [b"qemu:dirty-bitmap:golden", b"qemu:dirty-bitmap:old"]
+OF_SNAPSHOTS = [SINCE[0], BITMAPS[0], SINCE[1], BITMAPS[1]]
+
+
+@pytest.mark.parametrize(
+    ("queries", "expected"),
+    [
+        ([], [*ALL, *OF_SNAPSHOTS]),
+        ([b"base:"], ALL[:1]),
+        ([b"qemu:"], [ALL[1], *BITMAPS]),
+        ([b"nbdclone:"], [ALL[2], *SINCE]),
+        ([b"qemu:dirty-bitmap:"], BITMAPS),
+        ([b"nbdclone:changed-since="], SINCE),
+        ([b"qemu:dirty-bitmap:old", b"qemu:dirty-bitmap:new"], BITMAPS[1:]),
+        (
+            [b"nbdclone:changed-since=old", b"qemu:dirty-bitmap:", b"base:allocation"],
+            [ALL[0], BITMAPS[0], *SINCE[1:], BITMAPS[1]],
+        ),
+        (
+            [b"nbdclone:changed-since", b"qemu:dirty-bitmap", b"qemu:dirty-bitmap:gold", b"nbdclone:changed-since=Old"],
+            [],
+        ),
+    ],
+)
+def test_list_tells_of_the_snapshots_beneath_the_export(queries: list[bytes], expected: list[bytes]) -> None:
+    server = greeted()
+    replies = ask(server, w.LIST_CONTEXTS, w.context_request(b"web1", *queries), SNAPSHOTS)
+    assert names(replies) == expected
+    assert all(data[:4] == bytes(4) for _number, _reply, data in replies[:-1])
+    assert go(server) == ()
+
+
+def test_set_selects_the_snapshots_that_are_there_and_named_in_full() -> None:
+    server = greeted()
+    queries = [BITMAPS[1], b"qemu:dirty-bitmap:new", b"qemu:dirty-bitmap:", b"qemu:", ALL[0], SINCE[0], BITMAPS[1]]
+    replies = ask(server, w.SET_CONTEXTS, w.context_request(b"web1", *queries), SNAPSHOTS)
+    assert names(replies) == [ALL[0], SINCE[0], BITMAPS[1]]
+    ids = [struct.unpack_from(">I", data)[0] for _number, _reply, data in replies[:-1]]
+    assert len({0, *ids}) == 4
+    assert go(server) == tuple(zip(ids, [name.decode() for name in (ALL[0], SINCE[0], BITMAPS[1])], strict=True))
+
+
+def test_the_snapshots_are_asked_for_only_where_the_answer_depends_on_them() -> None:
+    for number, query, depends in [
+        (w.LIST_CONTEXTS, b"base:", False),
+        (w.LIST_CONTEXTS, b"nbdclone:origin", False),
+        (w.LIST_CONTEXTS, b"qemu:", True),
+        (w.LIST_CONTEXTS, b"nbdclone:changed-since=", True),
+        (w.SET_CONTEXTS, b"qemu:", False),
+        (w.SET_CONTEXTS, b"qemu:dirty-bitmap:", False),
+        (w.SET_CONTEXTS, b"qemu:dirty-bitmap:x", True),
+        (w.SET_CONTEXTS, b"nbdclone:changed-since=x", True),
+    ]:
+        server = greeted()
+        server.receive_data(w.option(number, w.context_request(b"web1", query)))
+        asked = FindSnapshots("web1", number, (query.decode(),))
+        assert server.next_event() == (asked if depends else None)
+
+
+def test_a_set_that_needs_the_snapshots_clears_what_was_set_before_they_are_known() -> None:
+    server = greeted()
+    ask(server, w.SET_CONTEXTS, w.context_request(b"web1", b"base:allocation"))
+    assert names(ask(server, w.SET_CONTEXTS, w.context_request(b"web1", BITMAPS[0]), [])) == []
+    assert go(server) == ()
+
+
+def test_more_contexts_than_are_told_at_once_are_too_big_and_nothing_is_selected() -> None:
+    many = [f"s{number}" for number in range(wire.MAX_CONTEXTS + 1)]
+    wanted = [f"qemu:dirty-bitmap:{name}".encode() for name in many]
+    server = greeted()
+    most = ask(server, w.SET_CONTEXTS, w.context_request(b"web1", *wanted[1:]), many)
+    assert names(most) == wanted[1:]
+    [(_number, reply, _text)] = ask(server, w.SET_CONTEXTS, w.context_request(b"web1", *wanted), many)
+    assert reply == w.TOO_BIG
+    assert go(server) == ()
+
+
+def test_contexts_that_nobody_asked_for_are_the_servers_own_fault() -> None:
+    with pytest.raises(LocalProtocolError, match="contexts"):
+        greeted().send_contexts([])
 
 
 @BOTH_OPTIONS

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nbdclone.errors import RemoteProtocolError
 from nbdclone.protocol import wire
 from nbdclone.protocol.client_handshake import ClientHandshake, ContextsSet, ExportDescribed, ExportList, Ready, Refused
-from nbdclone.protocol.handshake import ListExports, OpenExport, ServerHandshake
+from nbdclone.protocol.handshake import FindSnapshots, ListExports, OpenExport, ServerHandshake
 from nbdclone.protocol.pending import Completed
 from nbdclone.protocol.requests import Request, request_layout
 from nbdclone.protocol.transmission import ClientTransmission, request_error
@@ -74,6 +74,8 @@ def answer(server: ServerHandshake, event: object) -> None:
     match event:
         case ListExports():
             server.send_list([("web1", "a disk")])
+        case FindSnapshots():
+            server.send_contexts(["golden"])
         case OpenExport("web1"):
             server.accept_export(INFO)
         case OpenExport():

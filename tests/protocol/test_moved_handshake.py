@@ -10,7 +10,15 @@ import wirebytes as w
 
 from nbdclone.errors import LocalProtocolError, RemoteProtocolError
 from nbdclone.protocol import wire
-from nbdclone.protocol.handshake import ListExports, OpenExport, Purpose, ServerHandshake, StartTLS, TLSMode
+from nbdclone.protocol.handshake import (
+    FindSnapshots,
+    ListExports,
+    OpenExport,
+    Purpose,
+    ServerHandshake,
+    StartTLS,
+    TLSMode,
+)
 from nbdclone.protocol.wire import ExportInfo, transmission_flags
 
 INFO = ExportInfo("web1", 10 << 20, transmission_flags(False), "the first web server")
@@ -70,6 +78,8 @@ def converse(
                         server.refuse_export("there is none")
                 elif isinstance(event, ListExports):
                     server.send_list([("web1", "")])
+                elif isinstance(event, FindSnapshots):
+                    server.send_contexts(["golden"])
                 seen += server.data_to_send()
             seen += server.data_to_send()
             if not (server.finished or server.closed):

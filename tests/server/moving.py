@@ -48,6 +48,9 @@ class Away:
     async def names(self, shown: Callable[[str], bool]) -> list[str]:
         return await self._exports.names(shown)
 
+    async def snapshots_beneath(self, name: str) -> dict[str, bytes]:
+        return await self._exports.snapshots_beneath(name)
+
     def _take(self, sock: socket.socket, state: dict[str, Any], relayed: bool) -> None:
         server = self._server
         server.moves += 1

@@ -29,6 +29,7 @@ from nbdclone.server.host import Options
 from nbdclone.server.limits import BURST_S, Limit
 from nbdclone.server.supervisor import Supervisor, divide_memory
 from nbdclone.server.tls import ServerTLS
+from nbdclone.store import locks
 from nbdclone.store.pool import Pool
 
 EIGHT = [f"web{number}" for number in range(1, 9)]
@@ -280,7 +281,10 @@ async def test_when_the_supervisor_is_killed_the_workers_flush_close_and_end(poo
             assert clone.pread(4096, 0) == b"x" * 4096
 
 
-async def test_the_pool_has_its_server_until_the_last_worker_has_ended(pool: Pool, tmp_path: Path) -> None:
+async def test_the_pool_has_its_server_until_the_last_worker_has_ended(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "DYING_S", 0.1)
     path = tmp_path / "nbd.sock"
     with program(pool.path, "--socket", path, "--workers", "2") as process:
         ready(process)

@@ -156,7 +156,7 @@ def simulated_disk() -> SimulatedFileSystem:
 
 
 def open_clone(fs: SimulatedFileSystem) -> Clone:
-    record = BaseRecord(bytes(16), BASE_SIZE, bytes(32), 0, "", Identity(BASE_SIZE, 0, 0, 0))
+    record = BaseRecord(b"P" * 16, BASE_SIZE, bytes(32), 0, "", Identity(BASE_SIZE, 0, 0, 0))
     image = Image("base", Path("/"), record, fs.open("/base", 0), fs)
     return Clone("clone", [image, Delta.open(DELTA_PATH, "clone 'clone'", fs)], fs)
 

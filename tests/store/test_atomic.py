@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Set
@@ -19,12 +20,22 @@ from shadow import ShadowFileSystem
 from nbdclone.control.local import LocalTarget
 from nbdclone.control.verbs import drive, find_verb
 from nbdclone.errors import NBDCloneError
+from nbdclone.store.check import check_pool, is_clean
+from nbdclone.store.delta import Delta
+from nbdclone.store.delta_file import place_of
+from nbdclone.store.finding import WRONG
 from nbdclone.store.fs import FileSystem
 from nbdclone.store.image import BaseRecord, fingerprint_of, read_manifest
+from nbdclone.store.layer_manifest import forget_manifest
 from nbdclone.store.pool import Pool
+from nbdclone.store.renaming import rename
+from nbdclone.store.resizing import resize
 
 BASE = b"".join(stamp(1, sector) for sector in range(24))
 WRITTEN = BASE[:4090] + b"written" + BASE[4097:]
+AGAIN = WRITTEN[:8190] + b"again" + WRITTEN[8195:]
+# Within a block that was written last, so that a part of it is cut off; and more than the base has.
+SMALLER, LARGER = 8192 - 512, len(BASE) + 5 * 512
 OTHER = b"".join(stamp(2, sector) for sector in range(40))
 STATES_PER_STEP = int(os.environ.get("POOL_STATES_PER_STEP", "25"))
 # Of those that tell a sync that is missing, one in ten or so shows it.
@@ -37,7 +48,9 @@ class Operation(NamedTuple):
     run: Callable[[Pool], object]
     before: frozenset[str]
     after: frozenset[str]
-    contents: dict[str, bytes] | None = None  # where it is not what the names have otherwise
+    contents: dict[str, tuple[bytes, ...]] | None = None  # where it is another: before (if it may be), and after
+    then: Callable[[Pool], None] | None = None  # what is to be looked at as well
+    checked: bool = False  # a deep check is to find nothing wrong afterwards
 
 
 ALL = frozenset({"base", "web1", "web1@first", "web2"})
@@ -104,6 +117,60 @@ def merge_into_a_layer(pool: Pool) -> None:
     run(pool, "merge")
 
 
+def check_deeply(pool: Pool) -> None:
+    """The manifest of a layer is made, and given up again before it gains a block."""
+    fs, layer = pool.places.fs, pool.places.snapshot("web1@first").layer
+    assert is_clean(list(check_pool(pool.path, deep=True, fs=fs)))
+    forget_manifest(pool.places, layer)
+    delta = Delta.open(pool.places.layer(layer), "layer", fs)
+    fs.pwrite_all(delta.fd, BASE[8192:], place_of(2))
+    delta.mark(0, 2, 2)
+    delta.finish()
+    delta.close()
+
+
+def roll_back(pool: Pool) -> None:
+    pool.rollback("web1@first")
+
+
+def reset(pool: Pool) -> None:
+    pool.reset("web1")
+
+
+def rename_clone(pool: Pool) -> None:
+    rename(pool.places, "web1", "new")
+
+
+def rename_base(pool: Pool) -> None:
+    rename(pool.places, "base", "new")
+
+
+def rename_snapshot(pool: Pool) -> None:
+    rename(pool.places, "web1@first", "web1@new")
+
+
+def as_many(pool: Pool) -> None:
+    """What was renamed has one of its names."""
+    assert len(pool.names()) == len(ALL)
+
+
+def enlarge(pool: Pool) -> None:
+    resize(pool.places, "web1", LARGER)
+
+
+def reduce(pool: Pool) -> None:
+    resize(pool.places, "web1", SMALLER)
+
+
+def grow_again(pool: Pool) -> None:
+    """What was cut off does not come back."""
+    if pool.info("web1").size == SMALLER:
+        pool.snapshot("web1@then")
+        resize(pool.places, "web1", len(BASE))
+        with pool.open_clone("web1") as clone:
+            assert clone.pread(clone.size, 0) == AGAIN[:SMALLER] + bytes(len(BASE) - SMALLER)
+
+
 def remove_all(pool: Pool) -> None:
     pool.remove(["base", "web1", "web2"])
 
@@ -117,12 +184,28 @@ OPERATIONS = {
     "remove a base with its clones": Operation(remove_all, ALL, frozenset()),
     "snapshot": Operation(snapshot, ALL, ALL | {"web1@second"}),
     "first snapshot": Operation(first_snapshot, ALL, ALL | {"web2@first"}),
-    "clone of a snapshot": Operation(clone_snapshot, ALL, ALL | {"new"}, {"new": WRITTEN}),
     "flatten": Operation(flatten, ALL, ALL),
     "compact": Operation(compact, ALL, ALL),
     "merge into a clone": Operation(merge_into_a_clone, ALL, ALL - {"web1@first"}),
     "merge into a layer": Operation(merge_into_a_layer, ALL, ALL - {"web1@first"} | {"web1@second"}),
+    "deep check": Operation(check_deeply, ALL, ALL, checked=True),
+    "clone of a snapshot": Operation(clone_snapshot, ALL, ALL | {"new"}, {"new": (WRITTEN,)}),
     "remove a snapshot": Operation(remove_snapshot, ALL, ALL - {"web1@first"}),
+    "rollback": Operation(roll_back, ALL, ALL, {"web1": (AGAIN, WRITTEN)}),
+    "reset": Operation(reset, ALL, ALL, {"web1": (AGAIN, BASE)}),
+    "rename a clone": Operation(
+        rename_clone,
+        ALL,
+        ALL - {"web1", "web1@first"} | {"new", "new@first"},
+        {"new": (AGAIN,), "new@first": (WRITTEN,)},
+        as_many,
+    ),
+    "rename a base": Operation(rename_base, ALL, ALL - {"base"} | {"new"}, then=as_many),
+    "rename a snapshot": Operation(
+        rename_snapshot, ALL, ALL - {"web1@first"} | {"web1@new"}, {"web1@new": (WRITTEN,)}, as_many
+    ),
+    "grow": Operation(enlarge, ALL, ALL, {"web1": (AGAIN, AGAIN + bytes(LARGER - len(BASE)))}),
+    "shrink": Operation(reduce, ALL, ALL, {"web1": (AGAIN, AGAIN[:SMALLER])}, grow_again),
 }
 
 
@@ -162,9 +245,9 @@ def root(model: Path, tmp_path: Path) -> Path:
 CONTENTS = {
     "base": BASE,
     "other": OTHER,
-    "web1": WRITTEN[:8190] + b"again" + WRITTEN[8195:],
+    "web1": AGAIN,
     "web1@first": WRITTEN,
-    "web1@second": WRITTEN[:8190] + b"again" + WRITTEN[8195:],
+    "web1@second": AGAIN,
     "web2@first": BASE,
     "web2": BASE,
     "new": BASE,
@@ -181,16 +264,24 @@ def require_whole(root: Path, operation: Operation, *, done: bool = False, go_on
     assert operation.before & operation.after <= names <= operation.before | operation.after, names
     if done:
         assert names == operation.after
-    assert not names or names <= {"other"} or "base" in names, "clones without their base"
+    assert not names or names <= {"other"} or names & {"base", "new"}, "clones without their base"
     for name in names:
         with pool.open_clone(name) as clone:
-            assert clone.pread(clone.size, 0) == contents.get(name, CONTENTS[name]), name
+            expected = contents[name] if name in contents else (CONTENTS[name],)
+            content = clone.pread(clone.size, 0)
+            assert content in expected, name
+            assert not done or content == expected[-1], name
     for info in pool.entries():
         assert info.error is None
+    if operation.checked:
+        wrong = [str(finding) for finding in check_pool(pool.path, deep=True) if finding.level == WRONG]
+        assert not wrong, wrong
     for name in names & {"base", "other"}:
         directory = pool.path / "bases" / name
         record = BaseRecord.load(directory / "base.json")
         assert fingerprint_of(record.size, read_manifest(directory / "manifest", record.size)) == record.fingerprint
+    if operation.then is not None:
+        operation.then(pool)
     if go_on and "base" in names:
         pool.create_clones("base", ["next"])
         pool.remove(["next"])
@@ -262,13 +353,25 @@ SPARE = {
     # The same, and the directory "snapshots": until the commit it does not count, whose sync makes both durable.
     "first snapshot": ["delta", "web2/", "delta"],
     "remove a snapshot": ["clones/", "bases/"],  # where nothing went
+    # That of layer.json: if it is lost, the next check makes it again. That of the manifest that went: it means nothing
+    # without the other. Those of the map with the new block, and of its copy: nobody was told that it is there.
+    "deep check": ["ID/", "ID/", "delta", "delta"],
+    # The flush of what was written before: nothing was. And the second slot of the header: the first is enough.
+    "grow": ["delta", "delta"],
+    # The same, and: the file's length, which stays; the map before its copy, and both before the file is cut (one of
+    # them is enough, and both pages differ in one sector alone); the end, which the next to open it would do again.
+    "shrink": ["delta"] * 6,
 }
 # With all of them left out the defect must be noticed.
 NEEDED_TOGETHER = {"import"}
 
 
-# The syncs of a delta that is written have tests of their own.
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "create filled"])
+# The syncs of a delta that is written have tests of their own; and of those that move blocks many a sync is one of
+# several that cover the same: see below.
+WRITING = {"create filled", "flatten", "compact", "merge into a clone", "merge into a layer"}
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in WRITING])
 def test_no_sync_of_an_operation_can_be_left_out(
     model: Path, memory: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,7 +391,8 @@ def test_no_sync_of_an_operation_can_be_left_out(
     fs = ShadowFileSystem(copy(model, memory / "root"))
     OPERATIONS[name].run(Pool.open(fs.root / "pool", fs=fs))
     spare = [number for number in range(len(fs.syncs)) if not is_noticed({number})]
-    assert [fs.syncs[number] for number in spare] == SPARE.get(name, [])
+    named = [re.sub(r"[0-9a-f]{32}", "ID", fs.syncs[number]) for number in spare]
+    assert named == SPARE.get(name, [])
     if name in NEEDED_TOGETHER:
         assert is_noticed(set(spare))
 
@@ -322,7 +426,7 @@ def test_a_kill_before_any_step_leaves_each_name_whole_or_not_there(model: Path,
         require_whole(root, OPERATIONS[name], done=process.exitcode == 0)
         if process.exitcode == 0:
             break
-    assert last >= 5
+    assert last >= 2
 
 
 # Errors
@@ -367,3 +471,19 @@ def test_a_new_pool_is_durable_up_to_the_directory_that_was_there_before(tmp_pat
 
     Pool.open(tmp_path / "srv" / "disks" / "pool", create=True, fs=Watched())
     assert {tmp_path, tmp_path / "srv", tmp_path / "srv" / "disks", tmp_path / "srv" / "disks" / "pool"} <= set(synced)
+
+
+UNSAFE = {
+    "flatten": ("nbdclone.store.clone.Clone.flush", lambda self: None),
+    "merge into a clone": ("nbdclone.store.delta.Delta.settle_all", lambda self: None),
+}
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_it_is_noticed_if_blocks_are_not_durable_before_the_parent_goes(
+    root: Path, memory: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(*UNSAFE[name])
+        with pytest.raises(AssertionError, match="state"):
+            cut_power_at_every_step(root, memory, OPERATIONS[name], STATES_TO_NOTICE)

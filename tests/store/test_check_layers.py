@@ -232,6 +232,12 @@ def test_a_snapshot_that_was_cut_off_is_a_leftover_and_is_cleared(pool: Pool, cl
     assert all_contents(pool) == before
 
 
+def test_the_record_alone_of_a_snapshot_that_was_cut_off_is_a_leftover_too(pool: Pool) -> None:
+    shutil.rmtree(cut_off(pool, "web3").parent)
+    assert told(check(pool)) == [("web3", "leftover")]
+    repair_and_require(pool, [("web3", "leftover")])
+
+
 def test_a_layer_that_nobody_needs_is_a_leftover_and_is_removed_when_nobody_reads_it(pool: Pool) -> None:
     layer = layer_of(pool, "web1@second")
     pool.rollback("web1@first")

@@ -17,6 +17,7 @@ from nbdclone.control.verbs import drive, find_verb
 from nbdclone.errors import InUse, NBDCloneError, NotFound, StorageError, UsageError
 from nbdclone.store import difference
 from nbdclone.store.catalog import CloneInfo
+from nbdclone.store.check import check_pool, is_clean
 from nbdclone.store.clone import Clone
 from nbdclone.store.image import CHUNK_SIZE, Image
 from nbdclone.store.layer import BLOCK_SIZE, SEGMENT_SIZE
@@ -228,6 +229,15 @@ def test_a_snapshot_that_is_being_read_goes_on_while_its_layer_is_moved(bases: P
         assert snapshot.pread(BASE_SIZE, 0) == before
 
 
+def test_a_deep_check_finds_nothing_wrong_with_a_layer_that_was_moved(bases: Pool) -> None:
+    bases.snapshot("web1@golden")
+    for _ in range(2):  # the first writes down what the layer hashes to
+        assert is_clean(list(check_pool(bases.path, deep=True)))
+    rebase(bases, "web1")
+    for _ in range(2):
+        assert is_clean(list(check_pool(bases.path, deep=True)))
+
+
 def test_a_layer_is_given_blocks_by_one_at_a_time(bases: Pool) -> None:
     bases.snapshot("web1@golden")
     layer = bases.places.snapshot("web1@golden").layer
@@ -433,7 +443,7 @@ def test_what_was_cut_off_after_its_layer_was_moved_is_done_by_the_next(bases: P
 
     class Broken(LocalTarget):
         def run(self, verb: str, arguments: Any) -> Any:
-            if verb == "renew_clone":
+            if verb == "renew-clone":
                 raise KeyboardInterrupt
             return super().run(verb, arguments)
 

@@ -137,6 +137,7 @@ class Life:
     def _snapshot(self) -> None:
         name = f"web1@s{next(self._numbers)}"
         finished = self._ledger.begin_flush()
+        self._clone.delta._flushing = Turn()  # type: ignore[assignment]
         self._taking = name, self._ledger.acknowledged()
         take_snapshot(self._pool.places, self._clone, name.partition("@")[2])
         taking, self._taking = self._taking, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import threading
@@ -16,6 +17,7 @@ from nbdclone.store.clone import Clone
 from nbdclone.store.fs import FileSystem
 from nbdclone.store.layer import BLOCK_SIZE
 from nbdclone.store.pool import Pool
+from nbdclone.store.resizing import grow
 from nbdclone.store.snapshots import take_snapshot
 
 
@@ -327,3 +329,41 @@ def test_as_many_layers_as_there_may_be_and_no_more(pool: Pool, content: bytes) 
     assert read(pool, "web1@s0") == b"0" + content[1:]
     with pytest.raises(UsageError, match="255 layers"):
         pool.create_clones("web1@s252", ["web2"]) and pool.snapshot("web2@x")
+
+
+def test_snapshots_sizes_and_quotas_of_one_clone_at_once_do_not_undo_each_other(pool: Pool) -> None:
+    """Each prepares its file beside the others, and only one of them is the first."""
+    pool.create_clones("base", ["web1"])
+    failures: list[BaseException] = []
+    with pool.open_clone("web1") as disk:
+        disk.pwrite(b"mine", 0)
+
+        def attempt(work: Callable[[], object]) -> None:
+            try:
+                work()
+            except BaseException as error:
+                failures.append(error)
+
+        def enlarge() -> None:
+            for size in range(2, 10):
+                with pool.places.changing():
+                    grow(disk, size << 20)
+                pool.set_quota("web1", size << 30)
+
+        def seal(first: int) -> None:
+            for number in range(first, first + 5):
+                take_snapshot(pool.places, disk, f"s{number}")
+
+        works = [enlarge, *(functools.partial(seal, first) for first in (0, 10, 20))]
+        threads = [threading.Thread(target=attempt, args=(work,)) for work in works]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        assert len(disk.layers) == 2 + 15
+        assert disk.size == 9 << 20
+    info = pool.info("web1")
+    assert isinstance(info, CloneInfo)
+    assert (info.size, info.quota, len(info.snapshots)) == (9 << 20, 9 << 30, 15)
+    assert all(read(pool, f"web1@{name}")[:4] == b"mine" for name in info.snapshots)

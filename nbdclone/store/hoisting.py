@@ -1,0 +1,264 @@
+"""Hoisting: what many clones of a base have alike, at the same place, is put into one layer beneath them.
+
+    base <- web1 [A][B][1]                 base <- layer [A][B] <- web1       [1]
+         <- web2 [A][B]   [2]       =>                          <- web2          [2]
+         <- web3    [B]      [3]                                <- web3 [a]         [3]    a: the base's
+         <- web4                [4]             <- web4                            [4]
+
+The blocks are found by their hashes, but nothing depends on these: the layer is made of some clone's blocks, and each
+clone is moved onto it as onto another base (:mod:`nbdclone.store.moving`), which keeps what it reads, whatever the
+layer has; then the clone gives back what is beneath it as well. Cut off, some clones are on the layer, and others are
+not; a layer that nobody stands on goes with the next removal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+
+from nbdclone.errors import UsageError
+from nbdclone.store.clone import Clone
+from nbdclone.store.delta import Delta
+from nbdclone.store.delta_file import Header, place_of
+from nbdclone.store.delta_map import DeltaMap
+from nbdclone.store.difference import ALL_BLOCKS, NO_BLOCKS, both, either, runs_of, to_bitmap, without
+from nbdclone.store.fs import FileSystem, data_and_holes
+from nbdclone.store.image import Image
+from nbdclone.store.layer import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE, paint_delta
+from nbdclone.store.moving import Move
+from nbdclone.store.rebasing import open_base, part, together
+from nbdclone.store.sealed import Sealed
+
+if TYPE_CHECKING:
+    from nbdclone.control.verbs import Steps, Target
+    from nbdclone.store.places import Places
+
+# How many hashes are held at a time, of all clones together: some 20 MiB.
+MAX_HASHES = 100_000
+# How much of a clone is read at once.
+READ_SIZE = 1 << 20
+HASH_SIZE = 16
+_ZEROS = bytes(BLOCK_SIZE)
+
+Segments = dict[int, bytearray]
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A clone directly over the base, as its file has it; the counts are of blocks that the layer would have."""
+
+    name: str
+    fd: int
+    map: DeltaMap
+    alike: int = 0  # the same content
+    owned: int = 0  # some content
+    file_size: int = 0
+
+
+@dataclass(slots=True)
+class _Found:
+    """What the layer is to be made of: by segment, the number of the clone, counted from 1, that has each block."""
+
+    sources: Segments = field(default_factory=dict)
+    count: int = 0
+
+    def blocks(self, segment: int) -> bytes:
+        """A byte for each block: 1 where it is in the layer."""
+        return bytes(self.sources[segment]).translate(_ANY)
+
+
+_ANY = bytes([0]) + b"\1" * 255
+
+
+def hoist(target: Target, base: str, min_clones: int | None = None, dry_run: bool = False) -> Steps:
+    """Put into a layer of their own the blocks that ``min_clones`` clones directly over the base have alike (default:
+    half of them), and move those clones onto it that take less space so. At most 255 clones are looked at.
+
+    Returns bytes: of the ``layer``, and all deltas ``before`` and ``after`` (in a dry run: as far as that can be told);
+    and the names of the ``clones`` that were moved. Raises NotFound, UsageError, and what ``rebase`` raises.
+    """
+    places = target.pool.places
+    with contextlib.ExitStack() as held:
+        image = open_base(places, base)
+        held.callback(image.close)
+        candidates = _candidates(places, image, held)
+        if len(candidates) < 2:
+            raise UsageError(f"base '{base}' has {len(candidates)} clone(s) directly over it: nothing is shared")
+        least = max(2, -(-len(candidates) // 2)) if min_clones is None else min_clones
+        if least < 2:
+            raise UsageError("what one clone has alone is not shared: --min-clones is 2 or more")
+        found = yield from part(_find(candidates, image, least, places.fs), 0, 3)
+        moving = [each for each in candidates if each.alike > found.count - each.owned]
+        saved = sum(each.alike - (found.count - each.owned) for each in moving) - found.count
+        before = sum(each.file_size for each in candidates)
+        result = {
+            "base": base,
+            "layer": found.count * BLOCK_SIZE,
+            "clones": [each.name for each in moving],
+            "before": before,
+            "after": before - saved * BLOCK_SIZE,
+            "dry_run": dry_run,
+        }
+        if saved <= 0:
+            return result | {"layer": 0, "clones": [], "after": before}
+        if dry_run:
+            return result
+        layer = yield from part(_make_layer(places, image, candidates, found, held), 1, 3)
+        staging = held.enter_context(places.staging())
+        bitmaps = {segment: to_bitmap(found.blocks(segment)) for segment in sorted(found.sources)}
+        move = Move(
+            image.record.id, layer.header.id, image.name, image.record.fingerprint, None, bitmaps, inserted=True
+        )
+        move.save(staging / "move")
+        path = str((staging / "move").relative_to(places.tmp))
+        works = [target.run("move-clone", {"name": each.name, "move": path}) for each in moving]
+        yield from part(together(works), 2, 3)
+        allocated = places.layer(layer.header.id).stat().st_blocks * 512
+        after = sum(places.delta(each.name).stat().st_blocks * 512 for each in candidates)
+        return result | {"layer": allocated, "after": after + allocated}
+
+
+def _candidates(places: Places, base: Image, held: contextlib.ExitStack) -> list[_Candidate]:
+    """The clones directly over the base. What a client changed after its last flush may be left out of their maps."""
+    found: list[_Candidate] = []
+    for name in sorted(places.names_in(places.clones)):
+        path = places.delta(name)
+        header = places.header(path)
+        if header.parent_id == base.record.id and len(found) < 255:
+            fd = places.fs.open_file(path, 0)
+            held.callback(places.fs.close, fd)
+            each = _Candidate(name, fd, DeltaMap(path, fd, header.id, places.fs))
+            each.file_size = places.fs.fstat(fd).st_blocks * 512
+            found.append(each)
+    return found
+
+
+def _find(
+    candidates: Sequence[_Candidate], base: Image, least: int, fs: FileSystem
+) -> Generator[tuple[int, int], None, _Found]:
+    """Choose the blocks. Reads what at least ``least`` clones own, once."""
+    found = _Found()
+    whole = base.size // BLOCK_SIZE  # of a last block that is a part of one, nobody knows the rest
+    width = max(MAX_HASHES // len(candidates), 64)
+    segments = -(-whole // BLOCKS_PER_SEGMENT)
+    for segment in range(segments):
+        inside = min(whole - segment * BLOCKS_PER_SEGMENT, BLOCKS_PER_SEGMENT)
+        owned = [_owned(each, segment, inside) for each in candidates]
+        worth = _at_least(owned, least)
+        for first in range(0, inside if worth != NO_BLOCKS else 0, width):
+            window = NO_BLOCKS[:first] + ALL_BLOCKS[: min(width, inside - first)]
+            window = both(worth, window.ljust(BLOCKS_PER_SEGMENT, b"\0"))
+            hashes: dict[int, dict[bytes, list[int]]] = {}
+            for number, (each, own) in enumerate(zip(candidates, owned, strict=True)):
+                for block, digest in _hashes(each, both(own, window), segment, fs):
+                    hashes.setdefault(block, {}).setdefault(digest, []).append(number)
+            _choose(found, candidates, owned, segment, hashes, least)
+            yield segment * SEGMENT_SIZE + (first << BLOCK_SHIFT), segments * SEGMENT_SIZE
+        yield (segment + 1) * SEGMENT_SIZE, segments * SEGMENT_SIZE
+    return found
+
+
+def _owned(each: _Candidate, segment: int, inside: int) -> bytes:
+    state = each.map.read(segment, nowait=False)
+    return paint_delta(segment, NO_BLOCKS, state.bitmap, 1, None)[:inside].ljust(BLOCKS_PER_SEGMENT, b"\0")
+
+
+def _at_least(owned: Sequence[bytes], least: int) -> bytes:
+    """The blocks that so many own."""
+    # Counted as the levels of a sieve: level n has what at least n + 1 own.
+    levels = [NO_BLOCKS] * least
+    for own in owned:
+        if own == NO_BLOCKS:
+            continue
+        for level in range(least - 1, 0, -1):
+            levels[level] = either(levels[level], both(levels[level - 1], own))
+        levels[0] = either(levels[0], own)
+    return levels[-1]
+
+
+def _hashes(each: _Candidate, blocks: bytes, segment: int, fs: FileSystem) -> Iterator[tuple[int, bytes]]:
+    """(block of the segment, hash) of those blocks that hold something; holes are left out, for they take no space."""
+    buffer = bytearray(READ_SIZE)
+    for offset, length in runs_of(blocks, segment):
+        start = place_of(offset >> BLOCK_SHIFT)
+        shift = start - offset + segment * SEGMENT_SIZE
+        at = start
+        for hole, stop in data_and_holes(fs, each.fd, start, start + length, BLOCK_SIZE):
+            for position in range(at, at if hole else stop, READ_SIZE):
+                count = fs.pread_all(each.fd, [buffer], position, min(READ_SIZE, stop - position))
+                for begin in range(0, count, BLOCK_SIZE):
+                    block = bytes(buffer[begin : begin + BLOCK_SIZE])
+                    if block != _ZEROS:
+                        yield (position + begin - shift) >> BLOCK_SHIFT, blake3(block).digest(HASH_SIZE)
+            at = stop
+
+
+def _choose(
+    found: _Found,
+    candidates: Sequence[_Candidate],
+    owned: Sequence[bytes],
+    segment: int,
+    hashes: dict[int, dict[bytes, list[int]]],
+    least: int,
+) -> None:
+    for block, contents in hashes.items():
+        who = max(contents.values(), key=len)
+        if len(who) < least:
+            continue
+        found.sources.setdefault(segment, bytearray(BLOCKS_PER_SEGMENT))[block] = who[0] + 1
+        found.count += 1
+        for number in who:
+            candidates[number].alike += 1
+        for number, own in enumerate(owned):
+            candidates[number].owned += own[block]
+
+
+def _make_layer(
+    places: Places, base: Image, candidates: Sequence[_Candidate], found: _Found, held: contextlib.ExitStack
+) -> Generator[tuple[int, int], None, Sealed]:
+    """A layer over the base, of the blocks that were found; open as long as ``held``, so that nobody removes it."""
+    fs, record = places.fs, base.record
+    header = Header(uuid.uuid4().bytes, record.id, record.fingerprint, base.size, time.time_ns(), base.name)
+    buffer = memoryview(bytearray(READ_SIZE))
+    done = 0
+    with places.no_space_left(f"hoist of '{base.name}'"), places.staging() as staging:
+        draft = staging / "layer"
+        fs.mkdir(draft)
+        Delta.create(draft / "delta", header, fs)
+        delta = Delta.open(draft / "delta", "the layer", fs)
+        beneath = Image.open(base.name, base.directory, fs)
+        with Clone("the layer", [beneath, delta], fs) as disk:
+            for segment, sources in sorted(found.sources.items()):
+                for number, each in enumerate(candidates, start=1):
+                    for offset, length in runs_of(_where(sources, number), segment):
+                        for at in range(offset, offset + length, READ_SIZE):
+                            view = buffer[: min(READ_SIZE, offset + length - at)]
+                            fs.pread_all(each.fd, [view], place_of(at >> BLOCK_SHIFT), len(view))
+                            disk.pwrite(view, at)
+                            done += len(view)
+                            yield done, found.count * BLOCK_SIZE
+        fs.sync_directory(draft)
+        with places.changing():
+            if not places.layers.is_dir():
+                fs.mkdir(places.layers)
+                fs.sync_directory(places.path)
+            # Open, and locked, before it has its name: for nobody stands on it yet.
+            layer = Sealed.open(draft / "delta", "the layer", fs)
+            held.callback(layer.close)
+            # All of it is durable: a power cut leaves it there or not there. Then the name is made so, before a header
+            # says it.
+            fs.rename(draft, places.layer(header.id).parent)
+            layer.path = places.layer(header.id)
+            fs.sync_directory(places.layers)
+    return layer
+
+
+def _where(sources: bytearray, number: int) -> bytes:
+    """The blocks that come from that clone."""
+    return without(ALL_BLOCKS, bytes(sources).translate(bytes(int(byte != number) for byte in range(256))))
