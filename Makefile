@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FUZZ_SECONDS ?= 180
 KILLS ?= 300
+LIFECYCLE_SECONDS ?= 600
 
-.PHONY: help demo test packages lint types unit integration bench powercut powerlog kills flips traces fuzz format clean
+.PHONY: help demo test packages lint types unit integration bench powercut powerlog kills lifecycle flips traces fuzz format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p; s/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -56,6 +57,9 @@ powercut: $(STAMP) ## simulated power cuts by the million, on all processors; do
 powerlog: $(STAMP) ## the same in a guest's ext4, from the log of its disk; docs/durability.md has the counts
 	POWER_CUTS=300 POWER_ACKNOWLEDGEMENTS=400 POWER_FILE_SYSTEM_BLOCKS="4096 1024" $(BIN)/pytest -rP \
 		integration/test_power.py
+
+lifecycle: $(STAMP) ## random verbs under writers, servers killed in their midst, LIFECYCLE_SECONDS; docs/lifecycle.md
+	$(BIN)/python -m integration.lifecycle --seconds $(LIFECYCLE_SECONDS) $(ARGS)
 
 kills: $(STAMP) ## a server killed KILLS times under writing clients; docs/durability.md has what it gave
 	KILLS=$(KILLS) $(BIN)/pytest -rP integration/test_kill.py

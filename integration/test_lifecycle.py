@@ -1,7 +1,7 @@
 """Each verb of a clone's life, by the command line, while fio writes to that clone and verifies what it wrote.
 
 Another fio does so with a sibling in the other worker. There is to be no error of either; what is compared afterwards
-is the content of whatever the verb made, and the latency of the requests beside each verb is told (`pytest -rP`) and
+is the content of whatever the verb made. The latency of the requests beside each verb is told (`pytest -rP`), and
 written as lines of JSON to the file that $LIFECYCLE_JSON names.
 """
 
@@ -119,6 +119,11 @@ class Story:
         for name in ("one@s3", f"one@s{SNAPSHOTS - 1}"):
             self.remember(name)
 
+    def nothing(self) -> None:
+        """What a command costs that asks for nothing: Python is started, beside two servers and two clients."""
+        with self.beside("ls, for comparison"):
+            self.run("ls")
+
     def du(self) -> None:
         with self.beside("du"):
             found = self.run_json("du")
@@ -232,6 +237,9 @@ class Story:
 
     def told(self) -> Iterator[dict[str, Any]]:
         """The latencies, of each verb and each clone."""
+        quiet = [span for windows in self.windows.values() for span in windows["without"]]
+        for load in self.loads:
+            yield {"verb": "none, in all the pauses", "clone": load.name, "without": load.latency(quiet)}
         for verb, windows in self.windows.items():
             for load in self.loads:
                 seconds = {f"{how}_s": round(sum(end - begin for begin, end in w), 2) for how, w in windows.items()}
@@ -273,7 +281,7 @@ def require_own(image: Path, base: Path, larger: int) -> None:
 
 
 STEPS = (
-    Story.snapshot, Story.du, Story.diff, Story.clone, Story.export, Story.promote, Story.send, Story.rm,
+    Story.nothing, Story.snapshot, Story.du, Story.diff, Story.clone, Story.export, Story.promote, Story.send, Story.rm,
     Story.rebase, Story.compact, Story.resize, Story.rollback, Story.flatten, Story.end,
 )  # fmt: skip
 
