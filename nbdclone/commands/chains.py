@@ -11,7 +11,7 @@ from nbdclone.commands.common import Json, app, open_pool, print_json, progress_
 
 _KEEP_CHANGES = (
     "What these clones did not change becomes what the new base has, in the midst of their file systems. Only a guest "
-    "that does not care what stands in the blocks that it did not write can live with that; their snapshots change too."
+    "that does not care what stands in the blocks that it did not write can live with that."
 )
 
 

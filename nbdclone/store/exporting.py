@@ -21,7 +21,7 @@ from types import TracebackType
 
 from nbdclone.errors import FileTooLarge, StorageError, UsageError
 from nbdclone.store.clone import Clone
-from nbdclone.store.fs import FILE_SYSTEM
+from nbdclone.store.fs import FILE_SYSTEM, FileSystem
 from nbdclone.store.image import Progress
 from nbdclone.store.layer import BLOCK_SIZE, NOWHERE, SEGMENT_SIZE, Extent, zero_runs
 from nbdclone.store.pool import Pool
@@ -125,11 +125,11 @@ def write_raw(clone: Clone, path: Path, progress: Progress | None = None) -> Non
             progress(done, total)
 
 
-def raw_steps(clone: Clone, path: Path) -> Iterator[tuple[int, int]]:
+def raw_steps(clone: Clone, path: Path, fs: FileSystem = FILE_SYSTEM) -> Iterator[tuple[int, int]]:
     """The same in steps of some MiB: yields (bytes done, bytes in all)."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    fd = fs.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        os.ftruncate(fd, clone.size)
+        fs.ftruncate(fd, clone.size)
         sharing = True
         buffer = memoryview(mmap.mmap(-1, PIECE_SIZE))  # page-aligned: the kernel copies faster from there
         for offset, extent in whole_extents(clone):
@@ -138,12 +138,12 @@ def raw_steps(clone: Clone, path: Path) -> Iterator[tuple[int, int]]:
             sharing = sharing and _share(clone, extent.origin, fd, offset, extent.length)
             if not sharing:
                 for start in range(offset, offset + extent.length, PIECE_SIZE):
-                    _copy(clone, fd, start, buffer[: min(PIECE_SIZE, offset + extent.length - start)])
+                    _copy(clone, fs, fd, start, buffer[: min(PIECE_SIZE, offset + extent.length - start)])
                     yield start, clone.size
             yield offset + extent.length, clone.size
         yield clone.size, clone.size
     finally:
-        os.close(fd)
+        fs.close(fd)
 
 
 def stream_raw(clone: Clone, fd: int, progress: Progress | None = None) -> None:
@@ -186,11 +186,11 @@ def _share(clone: Clone, origin: int, fd: int, offset: int, length: int) -> bool
     return True
 
 
-def _copy(clone: Clone, fd: int, offset: int, view: memoryview) -> None:
+def _copy(clone: Clone, fs: FileSystem, fd: int, offset: int, view: memoryview) -> None:
     clone.read_into(view, offset)
     for zero, first, last in zero_runs(view):
         if not zero:
-            FILE_SYSTEM.pwrite_all(fd, view[first:last], offset + first)
+            fs.pwrite_all(fd, view[first:last], offset + first)
 
 
 def stdout_for_image() -> int:

@@ -33,7 +33,8 @@ def promote(target: Target, name: str, new: str) -> Steps:
         try:
             yield from _copy(places, target, f"{clone}@{snapshot}", new)
         finally:
-            yield from target.run("rm", {"names": [f"{clone}@{snapshot}"]})
+            for _step in target.run("rm", {"names": [f"{clone}@{snapshot}"]}):
+                pass  # not told: this may be the end of an interrupted one
     else:
         yield from _copy(places, target, name, new)
     info = target.pool.info(new)
@@ -45,7 +46,7 @@ def _copy(places: Places, target: Target, name: str, new: str) -> Steps:
     with target.pool.open_clone(name) as disk, no_space_left, places.staging() as staging:
         draft = staging / new
         places.fs.mkdir(draft)
-        for done, total in raw_steps(disk, draft / "image"):
+        for done, total in raw_steps(disk, draft / "image", places.fs):
             yield done, 2 * total
         for done, total in make_base(draft, f"{name} of this pool", places.fs):
             yield total + done, 2 * total

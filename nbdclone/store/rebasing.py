@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbdclone.errors import Interrupted, InUse, NotFound, UsageError
+from nbdclone.store.catalog import Catalog
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import NO_PARENT, Header
 from nbdclone.store.difference import compare_bases
@@ -74,6 +75,8 @@ def rebase(target: Target, names: list[str], onto: str, keep_changes: bool = Fal
         for each in moved:
             if each.stale and not dry_run:
                 yield from _renew_all(target, each, None, new)
+        if keep_changes:
+            _refuse_snapshots(places, waiting)
         if keep_changes and not dry_run:
             yield 0, 1
             _keep_changes(places, waiting, {old: _move(bases[old], new, {}) for old in bases})
@@ -222,6 +225,18 @@ def _renew_all(target: Target, moved: _Moved, source: bytes | None, new: Image) 
 
 
 # Keeping the changes
+
+
+def _refuse_snapshots(places: Places, moved: Sequence[_Moved]) -> None:
+    """A snapshot is known by its id, to a backup of it for one: under that id it must read as it always did."""
+    named = Catalog(places).named
+    for each in moved:
+        for layer in [*each.above, *([each.layer] if each.layer else [])]:
+            if layer in named:
+                raise UsageError(
+                    f"{_some(each.clones)}: snapshot '{named[layer]}' would change with it: remove it first, or keep "
+                    f"the content"
+                )
 
 
 def _keep_changes(places: Places, moved: Sequence[_Moved], moves: dict[bytes, Move]) -> None:

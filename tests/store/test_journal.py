@@ -15,7 +15,7 @@ from mutation import mutate
 from powercut import DELTA_PATH, open_clone, read_sectors, simulated_disk
 from simulated import SECTOR, File, SimulatedFileSystem
 
-from nbdclone.store.check_delta import Examination, read_from_below
+from nbdclone.store.check_delta import Examination, read_from
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import (
@@ -473,4 +473,4 @@ def test_what_a_record_tells_of_is_not_read_from_below(fs: SimulatedFileSystem, 
     after = worst(fs)
     fd = after.open(DELTA_PATH, 0)
     header: Header = read_header(fd, "", after)
-    assert read_from_below(after, fd, header, [(0, 2 * BLOCK_SIZE)]) == BLOCK_SIZE
+    assert read_from(after, [(fd, header)], 1, [(0, 2 * BLOCK_SIZE)]) == BLOCK_SIZE
