@@ -25,7 +25,7 @@ from nbdclone.errors import NameTaken, NotFound, StorageError, UsageError
 from nbdclone.store.catalog import Catalog
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
-from nbdclone.store.delta_file import HEADER_SLOTS, NO_PARENT, PAGE_SIZE, RECORD_SLOTS, Header
+from nbdclone.store.delta_file import HEADER_SLOTS, NO_ORIGIN, NO_PARENT, PAGE_SIZE, RECORD_SLOTS, Header, as_origin
 from nbdclone.store.fs import write_durably
 from nbdclone.store.image import BaseRecord
 from nbdclone.store.layer import MAX_LAYERS
@@ -39,8 +39,8 @@ EMPTY_DELTA = PAGE_SIZE * (len(HEADER_SLOTS) + len(RECORD_SLOTS))
 
 
 def origin_of(header: Header) -> bytes:
-    """The id of what a clone was made from: a base's, a layer's, or NO_PARENT."""
-    return header.origin if header.origin != NO_PARENT else header.parent_id
+    """The id of what a clone was made from: a base's, a layer's, or NO_ORIGIN."""
+    return header.origin if header.origin != NO_PARENT else as_origin(header.parent_id)
 
 
 def successor(header: Header, parent_id: bytes, parent_name: str, **changes: object) -> Header:
@@ -236,7 +236,7 @@ def _target(places: Places, name: str, header: Header, snapshot: str | None) -> 
         layer = places.snapshot(f"{name}@{snapshot}").layer
         return layer, f"{name}@{snapshot}", places.header(places.layer(layer)).size
     origin = origin_of(header)
-    if origin == NO_PARENT:
+    if origin == NO_ORIGIN:
         raise UsageError(f"'{name}' was not made from anything that is still there: it cannot be reset")
     if places.layer(origin).exists():
         layer_header = places.header(places.layer(origin))
