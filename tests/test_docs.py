@@ -22,7 +22,7 @@ from nbdclone.server.settings import read_settings
 from nbdclone.store import delta_file as delta
 from nbdclone.store import journal, trace
 from nbdclone.store.check import check_pool
-from nbdclone.store.clone import MAX_EXTENTS
+from nbdclone.store.disk import MAX_EXTENTS
 from nbdclone.store.finding import KINDS
 from nbdclone.store.layer import BITMAP_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE
 from nbdclone.store.pool import Pool
@@ -125,7 +125,7 @@ def test_every_public_name_is_documented_and_there() -> None:
 
 def test_what_is_documented_of_block_status_is_what_is_done() -> None:
     """The rest of the page has its tests in test_protocol_page.py."""
-    text = (DOCS / "protocol.md").read_text()
+    text = " ".join((DOCS / "protocol.md").read_text().split())
     assert f"up to {MAX_QUERIES} queries" in text
     assert f"at most {MAX_EXTENTS} extents" in text
 

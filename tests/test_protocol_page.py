@@ -42,12 +42,13 @@ MODULES = {
     "output": "server",
     "connection": "server",
     "session": "server",
+    "reading": "server",
     "admission": "server",
     "budget": "server",
     "host": "server",
     "relay": "server",
     "quiet": "server",
-    "clone": "store",
+    "disk": "store",
     "client": "",
     "client_connection": "",
 }
@@ -55,12 +56,13 @@ MODULES = {
 # the event loop does in one go.
 NO_LIMITS = {
     "session.MAX_INLINE",
-    "session.MAX_TOGETHER",
+    "reading.MAX_INLINE",
+    "reading.MAX_TOGETHER",
     "input.MAX_RECEIVES",
     "offload.MAX_THREADS",
     "client.MAX_PIECE",
     "client.MAX_EXTENDED_RANGE",
-    "clone.MAX_LAYERS",
+    "disk.MAX_LAYERS",
     "relay.MAX_PASSES",
 }
 

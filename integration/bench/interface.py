@@ -22,7 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nbdclone.store import clone as module
 from nbdclone.store.clone import Clone
 from nbdclone.store.fs import FileSystem
 from nbdclone.store.layer import BLOCK_SIZE
@@ -48,13 +47,14 @@ class Methods(FileSystem):
 def direct() -> type[Clone]:
     """A Clone whose hot path names the functions of `os` where it had those of the interface."""
     methods = {}
-    names = {**vars(module), "_direct_preadv": os.preadv, "_direct_pwrite": os.pwrite}
+    direct = {"_direct_preadv": os.preadv, "_direct_pwrite": os.pwrite}
     for method, old, new in (
         (Clone.read_into_nowait, "self._preadv(", "_direct_preadv("),
         (Clone._store, "self._pwrite(", "_direct_pwrite("),
     ):
         source = textwrap.dedent(inspect.getsource(method))
         assert source.count(old) == 1, f"{method.__name__} has no longer what is replaced here: {old}"
+        names = {**method.__globals__, **direct}
         exec(source.replace(old, new).replace("self._nowait", str(os.RWF_NOWAIT)), names, methods)
     return type("Direct", (Clone,), methods)
 

@@ -252,6 +252,10 @@ class ServerHandshake:
             raise
         return None
 
+    def selected_for(self, export: str) -> tuple[tuple[int, str], ...]:
+        """The metadata contexts, (id, name) of each, that the client has selected in case it opens that export."""
+        return self._contexts if export == self._contexts_export else ()
+
     def tls_started(self) -> None:
         """Answer ``StartTLS``: from now on, what is received and sent goes through TLS."""
         if not isinstance(self._unanswered, StartTLS):
@@ -437,7 +441,7 @@ class ServerHandshake:
         """
         asked = self._asked_export()
         _check_fields(info)
-        contexts = self._contexts if asked.name == self._contexts_export else ()
+        contexts = self.selected_for(asked.name)
         if self.mode is not Mode.SIMPLE:
             info = replace(info, flags=info.flags | wire.FLAG_SEND_DF)
         if self.mode is Mode.EXTENDED and contexts:

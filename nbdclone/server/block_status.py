@@ -16,7 +16,8 @@ from nbdclone.protocol.block_status import (
     status_chunk,
 )
 from nbdclone.protocol.wire import ChunkLayout, Cookie, State
-from nbdclone.store.clone import MAX_EXTENTS, Clone
+from nbdclone.store.clone import Clone
+from nbdclone.store.disk import MAX_EXTENTS
 from nbdclone.store.layer import Extent, Layer
 from nbdclone.store.since import changes_since
 

@@ -88,6 +88,7 @@ class Connection:
         self._deadline = self._loop.time() + (HANDSHAKE_DEADLINE_S if moved is None else moved["time_left_s"])
         self._session: Session | None = None
         self._export: Export | None = None
+        self._contexts: Contexts = ()  # that were selected for it
         self._relay: Relay | None = None
         self._task: asyncio.Task[None] | None = None
         self._drained = False  # it is the server that ends this connection
@@ -188,9 +189,8 @@ class Connection:
                         return
                     handshake.receive_data(data)
         assert self._export is not None
-        server, agreed = self._server, handshake.finished
-        contexts = await self._bind(agreed.export.name, agreed.contexts)
-        self._session = Session(self._sock, self._peer, self._export, agreed, contexts, server.scratch, self._loop)
+        agreed, scratch = handshake.finished, self._server.scratch
+        self._session = Session(self._sock, self._peer, self._export, agreed, self._contexts, scratch, self._loop)
         if self._drained:  # while the last option was answered
             self._session.drain()
         await self._session.serve(handshake.trailing_data())
@@ -290,6 +290,7 @@ class Connection:
             handshake.refuse_export(text, reply)
         else:
             self._export = export
+            self._contexts = await self._bind(event.name, handshake.selected_for(event.name))
             clone = export.clone
             handshake.accept_export(ExportInfo(event.name, clone.size, transmission_flags(clone.read_only)))
             if event.purpose is Purpose.INFO:

@@ -23,7 +23,7 @@ from nbdclone.server.offload import Offload
 from nbdclone.server.peer import Peer
 from nbdclone.server.quiet import QuietLog
 from nbdclone.server.replay import Boots
-from nbdclone.server.session import Scratch
+from nbdclone.server.scratch import Scratch
 from nbdclone.server.settings import Settings
 from nbdclone.server.tls import ServerTLS
 from nbdclone.store.pool import Pool

@@ -28,12 +28,11 @@ from nbdclone.errors import NBDCloneError, RemoteProtocolError
 from nbdclone.protocol.block_status import parse_status_filter
 from nbdclone.protocol.handshake import Negotiated
 from nbdclone.protocol.requests import Request, request_layout
-from nbdclone.protocol.transmission import error_chunk, hole_chunk, read_chunk_header, request_error
+from nbdclone.protocol.transmission import request_error
 from nbdclone.protocol.wire import (
     CMD_BLOCK_STATUS,
     CMD_CACHE,
     CMD_DISC,
-    CMD_FLAG_DF,
     CMD_FLAG_FAST_ZERO,
     CMD_FLAG_FUA,
     CMD_FLAG_NO_HOLE,
@@ -46,45 +45,24 @@ from nbdclone.protocol.wire import (
     CMD_WRITE_ZEROES,
     EINVAL,
     ENOTSUP,
-    EXTENDED,
     MAX_PAYLOAD,
-    OFFSET_DATA,
-    OFFSET_HOLE,
-    REPLY_FLAG_DONE,
-    REPLY_TYPE_OFFSET_DATA,
-    SIMPLE_REPLY,
-    SIMPLE_REPLY_MAGIC,
-    STRUCTURED,
     Cookie,
     Mode,
 )
-from nbdclone.server.block_status import Contexts, block_status, largest_reply
-from nbdclone.server.budget import Budget
-from nbdclone.server.buffers import MIN_BUFFER, PAGE, BufferPool, new_buffer
-from nbdclone.server.busy import Busy
-from nbdclone.server.errnos import describe, nbd_errno, tell
+from nbdclone.server.block_status import Contexts, largest_reply
 from nbdclone.server.export import Export
-from nbdclone.server.holes import Run, find_holes, is_zero, lay_out
-from nbdclone.server.input import Input, ReceiveBuffer
-from nbdclone.server.offload import Done, Offload
-from nbdclone.server.output import Gather, Output, is_gone
+from nbdclone.server.input import Input
+from nbdclone.server.offload import Done
+from nbdclone.server.output import Output, is_gone
 from nbdclone.server.peer import Peer
-from nbdclone.server.quiet import QuietLog
-from nbdclone.server.readahead import Readahead
+from nbdclone.server.reading import GATHERED_READ, MAX_INLINE, Reading
+from nbdclone.server.scratch import Scratch
 from nbdclone.server.tls import AnySocket, TLSInput, TLSSocket
 
 logger = logging.getLogger("nbdclone")
 
-# A read of more than this gets a buffer of its own, page-aligned and sent from where it is; less is gathered. A shorter
-# one is answered by one chunk: a hole if it is all zeros.
-GATHERED_READ = 64 << 10
 # A shorter read that is in memory, while nothing else is under way, is not worth a look at the clock.
 LONG_READ = 16 << 10
-# More than this is copied in a thread: a millisecond of copying on the loop is a millisecond for everybody.
-MAX_INLINE = 1 << 20
-# So many short reads that have to wait for the disk are one job for a thread: handing over a job and its outcome costs
-# more than the read. They are on their way to the disk together; the first waits for the last.
-MAX_TOGETHER = 4
 # How much of one CACHE is taken: reading ahead of that, the first of it may have gone again when the client comes.
 MAX_PREFETCH = 64 << 20
 # How much is made zeros in one step: all that one request with compact headers can ask for. After each step the other
@@ -103,25 +81,7 @@ MAX_BACKLOG = MAX_UNSENT + MAX_PAYLOAD + (4 << 20)
 MAX_PIECES = 4096  # the same, in pieces: each has its own small cost
 
 
-class Scratch:
-    """What all connections of an event loop share, one pass at a time."""
-
-    def __init__(self, budget: Budget, quiet: QuietLog, offload: Offload, bulk: Offload, busy: Busy) -> None:
-        self.received = ReceiveBuffer()
-        self.gather = Gather()
-        self.buffers = BufferPool(self._discard)
-        self.budget = budget
-        self.quiet = quiet
-        self.offload = offload
-        self.busy = busy
-        self.bulk = bulk  # for what is large: a few at a time, or all others would wait for memory with them
-
-    def _discard(self, buffer: mmap) -> None:
-        """Let a thread drop it, where that is the last one who does."""
-        self.bulk.submit(partial(id, buffer), lambda _result, _error: None)
-
-
-class Session:
+class Session(Reading):
     """Serves one connection after its handshake, until either side ends it."""
 
     def __init__(
@@ -135,52 +95,40 @@ class Session:
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         # No more than 30 attributes: with 31, the dictionary of each of thousands of sessions takes 1.2 KiB more.
-        self._peer = peer
-        self._export = export
-        self._clone = export.clone
-        self._info = negotiated.export
         mode = negotiated.mode
-        self._structured = mode is not Mode.SIMPLE
-        self._layout = EXTENDED if mode is Mode.EXTENDED else STRUCTURED
-        self._contexts = contexts
-        self._read_header = self._layout.read.size if self._structured else SIMPLE_REPLY.size
-        self._buffers = scratch.buffers
-        self._scratch = scratch
-        self._loop = loop
-        self._sock = sock
-        self._account = scratch.budget.open(self)
-        receiving = TLSInput if isinstance(sock, TLSSocket) else Input
-        self._input = receiving(
-            sock, loop, request_layout(mode), scratch.received, scratch.buffers, self._account, self, self._on_readable
-        )
-        self._output = Output(
+        account = scratch.budget.open(self)
+        output = Output(
             sock,
             loop,
             scratch.gather,
             scratch.buffers,
-            self._account,
+            account,
             self._on_room,
             self._lose,
             export.clone.note_marks,  # no write is acknowledged before
             scratch.busy.sent,
         )
+        super().__init__(peer, export, mode, scratch, account, output)
+        self._info = negotiated.export
+        self._contexts = contexts
+        self._loop = loop
+        self._sock = sock
+        receiving = TLSInput if isinstance(sock, TLSSocket) else Input
+        self._input = receiving(
+            sock, loop, request_layout(mode), scratch.received, scratch.buffers, account, self, self._on_readable
+        )
         # Gathers the reply to a request that succeeded and has nothing more to tell.
         self._succeed: Callable[[Cookie], None] = (
-            self._output.extended_success if mode is Mode.EXTENDED else self._output.simple_reply
+            output.extended_success if mode is Mode.EXTENDED else output.simple_reply
         )
         # What makes replies, and how large they are, until there is room.
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
-        self._in_flight = 0  # requests that threads work on
         self._flushing: list[Cookie] = []  # flushes of this turn
-        self._cold: list[tuple[int, Cookie, int, int]] = []  # short reads of this turn that are not in memory
-        self._reading = 0  # bytes of replies that threads make
         self._held_writes = 0  # bytes of payload that threads write, or will
         self._going_on: asyncio.Handle | None = None  # when others had their turn
         self._prefetching = False  # a thread runs a CACHE
         self._throttled = False  # it waits for what the export's limits let it have
-        self._readahead = Readahead(export.clone)
         self._draining = False  # no more requests: answer those there are, and end
-        self._lost = False
         self._over: asyncio.Future[None] = loop.create_future()
 
     @property
@@ -364,179 +312,6 @@ class Session:
         self._waiting.append((size, partial(self._tell_status, cookie, offset, length, contexts, one, size)))
         self._start_waiting()
 
-    def _read(self, flags: int, cookie: Cookie, offset: int, length: int, data: bytearray | None = None) -> None:
-        """Answer a read, on the spot if it is in memory. ``data``: what a short one has found on the disk meanwhile."""
-        header = self._read_header
-        if length > GATHERED_READ:
-            self._read_large(flags, cookie, offset, length)
-            return
-        output = self._output
-        at = output.reserve(header + length)
-        view = output.view[at + header : at + header + length]
-        try:
-            if data is None:
-                self._clone.read_into_nowait(view, offset)
-            else:
-                view[:] = data
-        except BlockingIOError:
-            self._in_flight += 1
-            self._reading += length
-            self._account.take(length)
-            self._cold.append((flags, cookie, offset, length))
-        except (OSError, NBDCloneError) as error:
-            self._fail(cookie, error)
-        else:
-            if not self._structured:
-                SIMPLE_REPLY.pack_into(output.buffer, at, SIMPLE_REPLY_MAGIC, 0, cookie)
-            elif not view[0] and length > OFFSET_HOLE.size and is_zero(view):  # where it is shorter than the data
-                output.add(hole_chunk(cookie, offset, length, layout=self._layout))
-                return
-            else:
-                layout = self._layout
-                layout.read.pack_into(
-                    output.buffer,
-                    at,
-                    layout.magic,
-                    REPLY_FLAG_DONE,
-                    REPLY_TYPE_OFFSET_DATA,
-                    cookie,
-                    OFFSET_DATA.size + length,
-                    offset,
-                )
-            output.filled = at + header + length
-
-    def _read_cold(self) -> None:
-        """Let threads read what this turn did not find in memory."""
-        cold, self._cold = self._cold, []
-        for start in range(0, len(cold), MAX_TOGETHER):
-            self._read_together(cold[start : start + MAX_TOGETHER])
-        for _flags, _cookie, offset, length in cold:
-            if ahead := self._readahead.note_cold(offset, length):
-                self._read_ahead(ahead)
-
-    def _read_together(self, reads: list[tuple[int, Cookie, int, int]]) -> None:
-        clone = self._clone
-        work = partial(clone.read_all, [(offset, length) for _flags, _cookie, offset, length in reads])
-
-        def done(results: list[bytearray | Exception] | None, error: BaseException | None) -> None:
-            for index, (flags, cookie, offset, length) in enumerate(reads):
-                self._forget_cold(length)
-                result = error if results is None else results[index]
-                if not isinstance(result, bytearray):
-                    assert result is not None
-                    self._fail(cookie, result)
-                elif not self._lost:
-                    self._read(flags, cookie, offset, length, result)
-            self._on_room()
-
-        self._scratch.offload.submit(work, done, self._export)
-
-    def _forget_cold(self, length: int) -> None:
-        self._in_flight -= 1
-        self._reading -= length
-        self._account.give(length)
-
-    def _read_large(self, flags: int, cookie: Cookie, offset: int, length: int) -> None:
-        if length > MAX_INLINE:
-            self._read_in_thread(flags, cookie, offset, length)
-            return
-        buffer = self._buffers.take(PAGE + length)
-        view = memoryview(buffer)
-        try:
-            self._clone.read_into_nowait(view[PAGE : PAGE + length], offset)
-        except BlockingIOError:
-            self._read_in_thread(flags, cookie, offset, length, buffer)
-        except (OSError, NBDCloneError) as error:
-            self._buffers.give(buffer)
-            self._fail(cookie, error)
-        else:
-            self._send_read(cookie, offset, length, view, buffer, self._holes(flags, view[PAGE : PAGE + length]))
-
-    def _holes(self, flags: int, view: memoryview) -> list[Run] | None:
-        """What of the data of a read is to be told as holes."""
-        if not self._structured:
-            return None
-        return find_holes(view, fragment=len(view) > GATHERED_READ and not flags & CMD_FLAG_DF)
-
-    def _send_read(
-        self, cookie: Cookie, offset: int, length: int, view: memoryview, buffer: mmap, runs: list[Run] | None
-    ) -> None:
-        """Send a read whose data stand at the second page of their own buffer; the header goes right before them."""
-        if runs is not None:
-            parts, rest = lay_out(runs, view, PAGE, cookie, offset, self._layout)
-            self._output.send_parts(parts, buffer)
-            self._output.add(rest)
-            return
-        start = PAGE - self._read_header
-        if self._structured:
-            view[start:PAGE] = read_chunk_header(cookie, offset, length, layout=self._layout)
-        else:
-            SIMPLE_REPLY.pack_into(buffer, start, SIMPLE_REPLY_MAGIC, 0, cookie)
-        self._output.send_owned(view[start : PAGE + length], buffer)
-
-    def _read_in_thread(self, flags: int, cookie: Cookie, offset: int, length: int, buffer: mmap | None = None) -> None:
-        size = PAGE + length
-        bulky = length > MAX_INLINE
-        if buffer is None:
-            buffer = self._buffers.take_idle(size) if bulky else self._buffers.take(size)
-        clone = self._clone
-        held = max(length, MIN_BUFFER)
-        self._in_flight += 1
-        self._reading += held
-        self._account.take(held)
-
-        def work() -> tuple[mmap, list[Run] | None]:
-            taken = buffer or new_buffer(size)
-            data = memoryview(taken)[PAGE:size]
-            clone.read_into(data, offset)
-            return taken, self._holes(flags, data)
-
-        def done(result: tuple[mmap, list[Run] | None] | None, error: BaseException | None) -> None:
-            self._in_flight -= 1
-            self._reading -= held
-            self._account.give(held)
-            taken, runs = result or (buffer, None)
-            if taken and error is None and not self._lost:
-                self._send_read(cookie, offset, length, memoryview(taken), taken, runs)
-            elif taken:
-                self._buffers.give(taken)
-            if error is not None:
-                self._fail(cookie, error)
-            self._on_room()
-
-        (self._scratch.bulk if bulky else self._scratch.offload).submit(work, done, self._export)
-        if not bulky and (ahead := self._readahead.note_cold(offset, length)):
-            self._read_ahead(ahead)
-
-    def _read_ahead(self, work: Callable[[], None]) -> None:
-        """Run what is advice: whether it succeeds is no matter, but the clone must be open until it is done."""
-
-        def done(_result: Any, _error: BaseException | None) -> None:
-            self._readahead.job_done()
-            self._check_over()
-
-        self._scratch.bulk.submit(work, done, self._export)
-
-    def _tell_status(self, cookie: Cookie, offset: int, length: int, contexts: Contexts, one: bool, held: int) -> None:
-        clone, layout = self._clone, self._layout
-        self._in_flight += 1
-        self._reading += held
-        self._account.take(held)
-
-        def done(chunks: list[bytes], error: BaseException | None) -> None:
-            self._in_flight -= 1
-            self._reading -= held
-            self._account.give(held)
-            if error is not None:
-                self._fail(cookie, error)
-            else:
-                for chunk in chunks:
-                    self._output.add(chunk)
-            self._on_room()
-
-        work = partial(block_status, clone, contexts, cookie, offset, length, one, layout)
-        self._scratch.offload.submit(work, done, self._export)
-
     def _write(self, flags: int, cookie: Cookie, offset: int, view: memoryview, buffer: mmap | None) -> None:
         """Run a write, on the spot if nothing makes it wait. ``buffer`` is its own, to be given back, or None."""
         export = self._export
@@ -611,21 +386,6 @@ class Session:
             self._on_room()
 
         return done
-
-    def _fail(self, cookie: Cookie, error: BaseException) -> None:
-        """Gather the reply to a request that failed, and log it: a full disk fails thousands a second."""
-        number = nbd_errno(error)
-        if not self._lost:
-            kind = f"failed {self._clone.name} {number}"  # no client gets more of them by connecting again
-            self._scratch.quiet.say(kind, "%s: '%s': %s", self._peer, self._clone.name, describe(error))
-        self._reply(cookie, number, tell(error, self._peer))
-
-    def _reply(self, cookie: Cookie, error: int, message: str = "") -> None:
-        """Gather the reply to a request that failed."""
-        if self._structured:
-            self._output.add(error_chunk(cookie, error, message, self._layout))
-        else:
-            self._output.simple_reply(cookie, error)
 
     # Room
 

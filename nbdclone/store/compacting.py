@@ -17,8 +17,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from nbdclone.errors import InUse
-from nbdclone.store.clone import BLOCK_MASK, Clone
+from nbdclone.store.clone import Clone
 from nbdclone.store.delta_file import SEGMENT_SPAN
+from nbdclone.store.disk import BLOCK_MASK
 from nbdclone.store.flattening import require_clone
 from nbdclone.store.fs import seek_extent
 from nbdclone.store.layer import SEGMENT_SIZE

@@ -224,7 +224,7 @@ async def test_every_error_is_json_of_one_form(pool: Pool, monkeypatch: pytest.M
             ("GET", "/v2/entries", None, 404, "NotFound", "Not Found"),
             ("POST", "/v1/entries", None, 405, "UsageError", "/v1/entries takes DELETE, GET"),
             ("GET", "/v1/entries/none", None, 404, "NotFound", "no base or clone 'none'"),
-            ("GET", "/v1/entries/web1@x", None, 404, "NotFound", "no base or clone 'web1@x'"),
+            ("GET", "/v1/entries/web1@x", None, 404, "NotFound", "no snapshot 'web1@x'"),
             ("GET", "/v1/entries/..%2F..%2Fetc", None, 404, "NotFound", "no base or clone '../../etc'"),
             ("DELETE", "/v1/entries/base", None, 409, "InUse", "base 'base' is needed by"),
             ("DELETE", "/v1/entries", "", 400, "UsageError", "entries: the argument 'names' is missing"),

@@ -35,8 +35,9 @@ async def supervised(pool: Pool, workers: int = 2, **where: Any) -> AsyncIterato
 
 
 def children() -> list[int]:
-    """The processes that this one has started."""
-    return [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+    """The processes that this one has started; not those that multiprocessing keeps for other tests."""
+    started = [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+    return [pid for pid in started if b"multiprocessing" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def holder(pool: Pool, name: str) -> int | None:

@@ -23,7 +23,7 @@ from nbdclone.protocol.wire import (
 )
 from nbdclone.server import export
 from nbdclone.server import input as input_module
-from nbdclone.server.session import MAX_TOGETHER
+from nbdclone.server.reading import MAX_TOGETHER
 from nbdclone.store.layer import BLOCK_SIZE
 from nbdclone.store.pool import Pool
 

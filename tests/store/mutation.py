@@ -12,9 +12,10 @@ import pytest
 
 def mutate(patch: pytest.MonkeyPatch, owner: type[Any], method: str, old: str, new: str) -> None:
     """Replace ``old``, which must occur once in the method's source (indented as in the file), by ``new``."""
-    source = inspect.getsource(getattr(owner, method))
+    function = getattr(owner, method)
+    source = inspect.getsource(function)
     assert source.count(old) == 1, f"{owner.__name__}.{method} has no longer what this mutation changes: {old!r}"
-    module = sys.modules[owner.__module__]
+    module = sys.modules[function.__module__]  # also where the owner has the method from another class
     found: dict[str, Any] = {}
     code = compile(textwrap.dedent(source.replace(old, new)), f"<nbdclone/store/{method}, mutated>", "exec")
     exec(code, vars(module), found)

@@ -217,7 +217,7 @@ DROPS = {
         "drop",
         GIVEN_UP,
         "                for run in runs:\n"
-        "                    for at, count in _pieces(*run):\n"
+        "                    for at, count in pieces(*run):\n"
         "                        at += (at // SEGMENT_SIZE + 1) * delta.stride\n"
         "                        self._fs.punch(delta.fd, at, count)\n" + GIVEN_UP,
     ),
