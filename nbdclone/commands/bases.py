@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from nbdclone.commands.blocks import merge_layers
 from nbdclone.commands.common import Json, app, open_pool, print_json, progress_bar, show_size
 
 
@@ -18,8 +19,11 @@ def promote(
     """Make a base of what a clone or snapshot reads; it and all others go on as they were."""
     from nbdclone.control.client import run_verb
 
+    pool = open_pool()
     with progress_bar(f"promoting {name}") as progress:
-        made = run_verb(open_pool(), "promote", {"name": name, "new": new}, progress)
+        made = run_verb(pool, "promote", {"name": name, "new": new}, progress)
+    if "@" not in name:
+        merge_layers(pool, "promoted")
     if as_json:
         print_json(made)
     else:
