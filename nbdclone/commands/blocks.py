@@ -53,7 +53,7 @@ def compact(
 
 
 def merge_layers(pool: Pool, done: str = "removed") -> None:
-    """After a removal, or whatever was ``done``: merge the layers that lost their names, unless there is a server, which does it by itself."""
+    """Merge the layers that have no name, unless there is a server, which does it by itself. ``done``: the occasion."""
     from nbdclone.store.merging import is_work
 
     with contextlib.suppress(NBDCloneError):  # what cannot be told now is found by the next
