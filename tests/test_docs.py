@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nbdclone.protocol.wire import MAX_QUERIES
+from nbdclone.protocol.wire import MAX_CONTEXTS, MAX_QUERIES
 from nbdclone.server.admission import MAX_CONNECTIONS
 from nbdclone.server.limits import BURST_S, Limit
 from nbdclone.server.peer import Peer
@@ -27,6 +27,7 @@ from nbdclone.store.finding import KINDS
 from nbdclone.store.layer import BITMAP_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE
 from nbdclone.store.pool import Pool
 
+COUNTS = {7: "seven", 8: "eight", 9: "nine"}
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -127,6 +128,8 @@ def test_what_is_documented_of_block_status_is_what_is_done() -> None:
     """The rest of the page has its tests in test_protocol_page.py."""
     text = " ".join((DOCS / "protocol.md").read_text().split())
     assert f"up to {MAX_QUERIES} queries" in text
+    assert f"in up to {COUNTS[MAX_CONTEXTS]} contexts" in text
+    assert f"more than {COUNTS[MAX_CONTEXTS]} contexts is TOO_BIG" in text
     assert f"at most {MAX_EXTENTS} extents" in text
 
 

@@ -83,7 +83,15 @@ def require(value: Any, schema: Any) -> None:
         return
     if "const" in schema:
         assert value == schema["const"]
-    kinds = {"string": str, "integer": int, "number": (int, float), "object": dict, "array": list, "null": type(None)}
+    kinds = {
+        "string": str,
+        "integer": int,
+        "number": (int, float),
+        "object": dict,
+        "array": list,
+        "null": type(None),
+        "boolean": bool,
+    }
     if wanted := schema.get("type"):
         wanted = [wanted] if isinstance(wanted, str) else wanted
         assert any(isinstance(value, kinds[kind]) for kind in wanted), (value, schema)
