@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from integration.fioload import MIB, REGION, Load, fill, require_fio_blocks
+from integration.lifecycle import run as run_campaign
 from integration.served import COMMAND, ENVIRONMENT, Served, make_pool, nbdclone, served, sha256_of_file
 from integration.test_workers import worker_of
 from nbdclone.client import Client
@@ -36,6 +37,7 @@ REMOVED = 12
 # Before each verb: what the latency is without one.
 QUIET_S = 0.6
 PATIENCE_S = 60.0
+CAMPAIGN_S = 10.0
 # The clone's own, where fio does not write: (offset, length).
 OWN = ((40 * MIB + 512, 3 * MIB), (130 * MIB, 2 * MIB + 4096), (SIZE - MIB, MIB))
 
@@ -304,3 +306,10 @@ def test_no_verb_is_noticed_by_clients_that_verify_what_they_wrote(tmp_path: Pat
     print(*lines, sep="\n")
     if path := os.environ.get("LIFECYCLE_JSON"):
         Path(path).write_text("\n".join(lines) + "\n")
+
+
+def test_a_short_campaign_of_random_verbs_and_kills_finds_nothing(tmp_path: Path) -> None:
+    """`make lifecycle` is a longer one."""
+    campaign = asyncio.run(run_campaign(tmp_path, 1, CAMPAIGN_S))
+    print(json.dumps({"done": campaign.counts, "refused": campaign.refusals}))
+    assert campaign.counts["compared"] > 5

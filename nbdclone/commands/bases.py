@@ -22,7 +22,8 @@ def promote(
     pool = open_pool()
     with progress_bar(f"promoting {name}") as progress:
         made = run_verb(pool, "promote", {"name": name, "new": new}, progress)
-    merge_layers(pool)  # of the snapshot that was taken for the while
+    if "@" not in name:
+        merge_layers(pool, "promoted")
     if as_json:
         print_json(made)
     else:

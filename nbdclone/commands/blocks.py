@@ -52,8 +52,8 @@ def compact(
         print(f"clone '{name}': {show_size(done['before'])} on disk before, {show_size(done['after'])} now")
 
 
-def merge_layers(pool: Pool) -> None:
-    """After a removal: merge the layers that lost their names, unless there is a server, which does it by itself."""
+def merge_layers(pool: Pool, done: str = "removed") -> None:
+    """Merge the layers that have no name, unless there is a server, which does it by itself. ``done``: the occasion."""
     from nbdclone.store.merging import is_work
 
     with contextlib.suppress(NBDCloneError):  # what cannot be told now is found by the next
@@ -68,9 +68,9 @@ def merge_layers(pool: Pool) -> None:
                 left = run_verb(pool, "merge", {}, progress)["left"]
             except KeyboardInterrupt:
                 print(
-                    "nbdclone: removed; its data is not merged yet: the next rm, or a server, goes on",
+                    f"nbdclone: {done}; its data is not merged yet: the next rm, or a server, goes on",
                     file=sys.stderr,
                 )
                 return
         for each in left:
-            print(f"nbdclone: removed; its data stays for now: {each['why']}", file=sys.stderr)
+            print(f"nbdclone: {done}; its data stays for now: {each['why']}", file=sys.stderr)

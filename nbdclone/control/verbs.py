@@ -166,6 +166,7 @@ VERBS: dict[str, Verb] = {
         Verb("promote", "process", "nbdclone.store.promoting:promote"),
         Verb("keep", "process", "nbdclone.store.ephemeral:keep"),
         Verb("snapshot", "worker", "nbdclone.control.naming:snapshot"),
+        Verb("seal", "worker", "nbdclone.control.naming:seal"),
         Verb("rollback", "worker", "nbdclone.control.naming:rollback"),
         Verb("reset", "worker", "nbdclone.control.naming:reset"),
         Verb("rename", "worker", "nbdclone.control.naming:rename_one", clone="old"),

@@ -63,6 +63,9 @@ KNOWN_FEATURES = JOURNAL | OVERLAP
 HEADER = struct.Struct(">8sIIQQQ16s16s32sQQH255sQ16sQ")
 # The id of a parent that is not there: what the delta does not hold reads as zeros.
 NO_PARENT = bytes(16)
+# The id of what a clone was made from, where that is nothing any more: it was flattened, and has snapshots since. Zeros
+# would mean the parent, which is one of these snapshots.
+NO_ORIGIN = b"\xff" * 16
 # The last four bytes of the header's page: CRC-32 (as in zlib) of the 4092 before them.
 CHECKSUM = struct.Struct(">I")
 # Map page: magic, CRC-32 of all that follows, segment, sequence, first eight bytes of the delta's id; then the bitmap.
@@ -74,15 +77,20 @@ EMPTY_BITMAP = bytes(BITMAP_SIZE)
 EMPTY_PAGE = bytes(PAGE_SIZE)
 
 
+def as_origin(parent_id: bytes) -> bytes:
+    """What a header's ``origin`` is for a clone that was made from what has this id, or from nothing."""
+    return NO_ORIGIN if parent_id == NO_PARENT else parent_id
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """What a delta says of itself. ``parent_name`` is for people and for a first guess: the id is what counts.
 
     ``parent_id`` is that of a base or of a layer, and ``fingerprint`` that of the base at the bottom. ``quota`` is how
     many bytes the file may take on the disk; 0: no end of it. ``origin`` is the id of what the clone was made from,
-    zeros where that is the parent. ``overlap`` is how many bytes of the parent are seen, in whole blocks: a disk that
-    was made smaller, and larger again, reads zeros behind them; None: all. ``features`` are those that a reader must
-    know; a delta that was made before there was a journal has none.
+    zeros where that is the parent, and NO_ORIGIN where there is nothing. ``overlap`` is how many bytes of the parent
+    are seen, in whole blocks: a disk that was made smaller, and larger again, reads zeros behind them; None: all.
+    ``features`` are those that a reader must know; a delta that was made before there was a journal has none.
     """
 
     id: bytes

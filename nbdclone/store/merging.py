@@ -24,7 +24,7 @@ from nbdclone.errors import NBDCloneError, NotFound
 from nbdclone.store.clone import Clone
 from nbdclone.store.copying import copy_up_all
 from nbdclone.store.delta import Delta
-from nbdclone.store.delta_file import NO_PARENT, Header
+from nbdclone.store.delta_file import NO_PARENT, Header, as_origin
 from nbdclone.store.layer_manifest import adding_blocks
 from nbdclone.store.opening import open_beneath
 from nbdclone.store.places import Places
@@ -192,7 +192,7 @@ def _lower(places: Places, delta: Delta, origin: str | None, lower: str | None) 
     with places.changing():
         if origin is None or lower is None or delta.header.origin.hex() != origin:
             return False
-        delta.change_header(origin=bytes.fromhex(lower))
+        delta.change_header(origin=as_origin(bytes.fromhex(lower)))
         return True
 
 
@@ -244,7 +244,7 @@ def _header_over(header: Header, merged: Header) -> dict[str, object]:
         "parent_id": merged.parent_id,
         "parent_name": merged.parent_name,
         "overlap": min(seen) if seen and merged.parent_id != NO_PARENT else None,
-        "origin": merged.parent_id if header.origin == merged.id else header.origin,
+        "origin": as_origin(merged.parent_id) if header.origin == merged.id else header.origin,
         "fingerprint": merged.fingerprint,
     }
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from nbdclone.errors import InUse, StorageError, UsageError
 from nbdclone.store.clone import COPY_SIZE, Clone
 from nbdclone.store.delta import Delta
-from nbdclone.store.delta_file import NO_PARENT, Header, change_header
+from nbdclone.store.delta_file import NO_ORIGIN, NO_PARENT, Header, change_header
 from nbdclone.store.difference import NO_BLOCKS, blocks_in, both, owned_by, runs_of, without
 from nbdclone.store.layer import BITMAP_SIZE, BLOCK_SIZE, BLOCKS_PER_SEGMENT, Layer
 from nbdclone.store.layer_manifest import adding_blocks
@@ -378,7 +378,8 @@ def renew_above(places: Places, path: Path, source: bytes | None, successor: byt
 def _renewed_above(
     places: Places, header: Header, source: bytes | None, successor: bytes, fingerprint: bytes
 ) -> Header:
-    was = header.origin == source if source else header.origin != NO_PARENT and not places.layer(header.origin).exists()
+    made_of_base = header.origin not in (NO_PARENT, NO_ORIGIN) and not places.layer(header.origin).exists()
+    was = header.origin == source if source else made_of_base
     return replace(header, origin=successor if was else header.origin, fingerprint=fingerprint)
 
 

@@ -43,6 +43,11 @@ def open_snapshot(places: Places, name: str) -> list[Layer]:
     except NotFound as error:
         places.snapshot(name)  # or it was removed just now
         raise StorageError(f"{what} is refused: its layer is missing ({places.layer(layer_id)})") from error
+    return with_beneath(places, what, top)
+
+
+def with_beneath(places: Places, what: str, top: Sealed) -> list[Layer]:
+    """A layer and those beneath it, from the bottom upwards. Raises what :func:`open_disk` does; it is closed then."""
     try:
         return [*open_beneath(places, what, top.header), top]
     except BaseException:

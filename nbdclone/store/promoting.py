@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import uuid
+import contextlib
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-from nbdclone.errors import UsageError
+from nbdclone.errors import InUse, NotFound, UsageError
+from nbdclone.store.clone import Clone
 from nbdclone.store.exporting import raw_steps
 from nbdclone.store.importing import make_base
 from nbdclone.store.names import split_name, validate_name
+from nbdclone.store.opening import open_layer, with_beneath
 from nbdclone.store.places import Places
 
 if TYPE_CHECKING:
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def promote(target: Target, name: str, new: str) -> Steps:
-    """Make the base ``new`` of a snapshot; or of a clone as it is now, of which a snapshot is taken for the while.
+    """Make the base ``new`` of a snapshot; or of a clone as it is now, which is sealed for it.
 
     Where the file system can share extents nothing is copied, but all of it is read once: a base has a hash of each of
     its pieces. Costs what a flattened copy costs. Raises UsageError and its children, StorageError; nothing was made.
@@ -28,22 +31,28 @@ def promote(target: Target, name: str, new: str) -> Steps:
     if snapshot is None:
         if places.place(clone).parent == places.bases:
             raise UsageError(f"'{clone}' is a base already")
-        snapshot = f"promote-{uuid.uuid4().hex[:8]}"
-        yield from target.run("snapshot", {"name": f"{clone}@{snapshot}"})
-        try:
-            yield from _copy(places, target, f"{clone}@{snapshot}", new)
-        finally:
-            for _step in target.run("rm", {"names": [f"{clone}@{snapshot}"]}):
-                pass  # not told: this may be the end of an interrupted one
+        disk = yield from _sealed(places, target, clone)
     else:
-        yield from _copy(places, target, name, new)
+        disk = target.pool.open_clone(name)
+    with disk:
+        yield from _copy(places, disk, name, new)
     info = target.pool.info(new)
     return {"kind": "base", "name": new, "source": name, "size": info.size, "allocated": info.allocated}
 
 
-def _copy(places: Places, target: Target, name: str, new: str) -> Steps:
-    no_space_left = places.no_space_left(f"promote of '{name}'")
-    with target.pool.open_clone(name) as disk, no_space_left, places.staging() as staging:
+def _sealed(places: Places, target: Target, clone: str) -> Generator[tuple[int, int], None, Clone]:
+    """What the clone is now, open. Nothing names the layer that is made for it: whatever becomes of us, it is merged
+    again, and may be as soon as it is there: so that once in a while it is gone before it is opened.
+    """
+    while True:
+        made = yield from target.run("seal", {"name": clone})
+        with contextlib.suppress(NotFound, InUse):
+            top = open_layer(places, bytes.fromhex(made["layer"]), f"clone '{clone}'")
+            return Clone(clone, with_beneath(places, f"clone '{clone}'", top), places.fs)
+
+
+def _copy(places: Places, disk: Clone, name: str, new: str) -> Steps:
+    with places.no_space_left(f"promote of '{name}'"), places.staging() as staging:
         draft = staging / new
         places.fs.mkdir(draft)
         for done, total in raw_steps(disk, draft / "image", places.fs):

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from nbdclone.errors import InvalidStream, StorageError, UsageError
 from nbdclone.store.delta import Delta
-from nbdclone.store.delta_file import EMPTY_BITMAP, NO_PARENT, Header, change_header
+from nbdclone.store.delta_file import EMPTY_BITMAP, NO_PARENT, Header, as_origin, change_header
 from nbdclone.store.drafts import Draft, State
 from nbdclone.store.fitting import fit, require_unchanged
 from nbdclone.store.fs import FileSystem
@@ -334,9 +334,9 @@ class Receiving:
     def _origin(self) -> bytes:
         """What the clone was made from: what the stream's first layer stands on."""
         if not self._plan.here:
-            return self._plan.parent
+            return as_origin(self._plan.parent)
         layer = self._places.layer(self.head.layers[0].id)
-        return self._places.header(layer).parent_id if layer.exists() else NO_PARENT
+        return as_origin(self._places.header(layer).parent_id) if layer.exists() else NO_PARENT
 
     def _name_snapshots(self, directory: Path, known: dict[str, Snapshot]) -> None:
         fs = self._places.fs

@@ -25,7 +25,7 @@ from nbdclone.errors import NameTaken, NotFound, StorageError, UsageError
 from nbdclone.store.catalog import Catalog
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
-from nbdclone.store.delta_file import HEADER_SLOTS, NO_PARENT, PAGE_SIZE, RECORD_SLOTS, Header
+from nbdclone.store.delta_file import HEADER_SLOTS, NO_ORIGIN, NO_PARENT, PAGE_SIZE, RECORD_SLOTS, Header, as_origin
 from nbdclone.store.fs import write_durably
 from nbdclone.store.image import BaseRecord
 from nbdclone.store.layer import MAX_LAYERS
@@ -39,8 +39,8 @@ EMPTY_DELTA = PAGE_SIZE * (len(HEADER_SLOTS) + len(RECORD_SLOTS))
 
 
 def origin_of(header: Header) -> bytes:
-    """The id of what a clone was made from: a base's, a layer's, or NO_PARENT."""
-    return header.origin if header.origin != NO_PARENT else header.parent_id
+    """The id of what a clone was made from: a base's, a layer's, or NO_ORIGIN."""
+    return header.origin if header.origin != NO_PARENT else as_origin(header.parent_id)
 
 
 def successor(header: Header, parent_id: bytes, parent_name: str, **changes: object) -> Header:
@@ -59,32 +59,41 @@ def successor(header: Header, parent_id: bytes, parent_name: str, **changes: obj
 
 
 def take_snapshot(
-    places: Places, clone: Clone, snapshot: str, hold: Callable[[Callable[[], None]], None] = lambda step: step()
-) -> None:
+    places: Places, clone: Clone, snapshot: str | None, hold: Callable[[Callable[[], None]], None] = lambda step: step()
+) -> bytes:
     """Make ``clone@snapshot`` of a clone that is open, and may be in use: changes wait for some milliseconds.
+
+    Without a name: for the while. Such a layer is merged into what is above it, as that of a snapshot that was removed;
+    who reads it goes on. Returns the layer's id.
 
     ``hold`` is given the one step that nobody may change the clone beside. Constant time, but for the flush of what was
     written before. Raises UsageError and its children (nothing was changed), OSError, CloneFailed.
     """
-    validate_name(snapshot)
+    if snapshot is not None:
+        validate_name(snapshot)
     name = clone.name
     if clone.read_only:
         raise UsageError(f"'{name}' is read-only: snapshots are made of clones")
     if len(clone.layers) >= MAX_LAYERS:
         raise UsageError(f"'{name}' has {MAX_LAYERS} layers, as many as there may be: remove a snapshot first")
     clone.flush()  # most of it before anybody has to wait
-    while not _try_snapshot(places, clone, snapshot, hold):
+    while (layer_id := _try_snapshot(places, clone, snapshot, hold)) is None:
         pass  # another snapshot, or another size or quota, came in between
+    return layer_id
 
 
-def _try_snapshot(places: Places, clone: Clone, snapshot: str, hold: Callable[[Callable[[], None]], None]) -> bool:
-    """False, and nothing was changed, if the clone's delta is not any more what it was at the beginning."""
+def _try_snapshot(
+    places: Places, clone: Clone, snapshot: str | None, hold: Callable[[Callable[[], None]], None]
+) -> bytes | None:
+    """None, and nothing was changed, if the clone's delta is not any more what it was at the beginning."""
     name, fs = clone.name, places.fs
     own = places.clones / name
-    with places.no_space_left(f"snapshot '{name}@{snapshot}'"), places.staging() as staging:
+    what = f"{name}@{snapshot}" if snapshot else name
+    with places.no_space_left(f"snapshot '{what}'"), places.staging() as staging:
         old = places.header(own / "delta")
-        Delta.create(staging / "delta", successor(old, old.id, f"{name}@{snapshot}"), fs)
-        write_durably(staging / "record", Snapshot(old.id, time.time_ns()).dump(), fs)
+        Delta.create(staging / "delta", successor(old, old.id, what), fs)
+        if snapshot:
+            write_durably(staging / "record", Snapshot(old.id, time.time_ns()).dump(), fs)
         fs.mkdir(staging / "layer")
         fs.link(own / "delta", staging / "layer" / "delta")
         fs.sync_directory(staging / "layer")
@@ -94,7 +103,7 @@ def _try_snapshot(places: Places, clone: Clone, snapshot: str, hold: Callable[[C
             with places.changing():
                 _require_present(places, clone)
                 if places.header(own / "delta") != old:
-                    return False
+                    return None
                 clear_cut_off(places, name, old.id)
                 if snapshot in places.snapshots(name, old.id):
                     raise NameTaken(f"there is a snapshot '{name}@{snapshot}' already")
@@ -118,10 +127,10 @@ def _try_snapshot(places: Places, clone: Clone, snapshot: str, hold: Callable[[C
         finally:
             if not committed:
                 new.close()
-    return True
+    return old.id
 
 
-def _place(places: Places, staging: Path, own: Path, layer_id: bytes, snapshot: str) -> None:
+def _place(places: Places, staging: Path, own: Path, layer_id: bytes, snapshot: str | None) -> None:
     """Give the layer and the snapshot their names, durably. They do not count yet."""
     fs = places.fs
     if not places.layers.is_dir():
@@ -129,6 +138,8 @@ def _place(places: Places, staging: Path, own: Path, layer_id: bytes, snapshot: 
         fs.sync_directory(places.path)
     fs.rename(staging / "layer", places.layer(layer_id).parent)
     fs.sync_directory(places.layers)
+    if snapshot is None:
+        return
     if not (own / SNAPSHOTS).is_dir():
         fs.mkdir(own / SNAPSHOTS)
         fs.sync_directory(own)
@@ -236,7 +247,7 @@ def _target(places: Places, name: str, header: Header, snapshot: str | None) -> 
         layer = places.snapshot(f"{name}@{snapshot}").layer
         return layer, f"{name}@{snapshot}", places.header(places.layer(layer)).size
     origin = origin_of(header)
-    if origin == NO_PARENT:
+    if origin == NO_ORIGIN:
         raise UsageError(f"'{name}' was not made from anything that is still there: it cannot be reset")
     if places.layer(origin).exists():
         layer_header = places.header(places.layer(origin))

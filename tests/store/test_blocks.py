@@ -413,3 +413,20 @@ def test_a_header_that_was_changed_is_the_deltas_own(web1: Pool) -> None:
         assert (disk.delta.header.parent_name, disk.delta.header.quota) == ("other", 32 << 20)
         assert read_header(disk.delta.fd, "delta") == disk.delta.header
         assert disk.delta.header.parent_id != NO_PARENT
+
+
+def test_a_flattened_clone_is_not_reset_to_a_snapshot_of_its_own(web1: Pool) -> None:
+    """The first snapshot after it is its parent then, and what it was made from is nothing all the same."""
+    content = read(web1, "web1")
+    web1.snapshot("web1@before")
+    run(web1, "flatten", name="web1")
+    web1.snapshot("web1@after")
+    with web1.open_clone("web1") as clone:
+        clone.pwrite(b"new" * 100, 0)
+    now = read(web1, "web1")
+    for _ in range(2):
+        with pytest.raises(UsageError, match="'web1' was not made from anything that is still there"):
+            run(web1, "reset", name="web1")
+        assert read(web1, "web1") == now
+        run(web1, "rollback", name="web1@before")  # nor when it stands on its base again
+        now = content
