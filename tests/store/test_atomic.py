@@ -37,7 +37,7 @@ AGAIN = WRITTEN[:8190] + b"again" + WRITTEN[8195:]
 # Within a block that was written last, so that a part of it is cut off; and more than the base has.
 SMALLER, LARGER = 8192 - 512, len(BASE) + 5 * 512
 OTHER = b"".join(stamp(2, sector) for sector in range(40))
-STATES_PER_STEP = int(os.environ.get("POOL_STATES_PER_STEP", "25"))
+STATES_PER_STEP = int(os.environ.get("POOL_STATES_PER_STEP", "12"))
 # Of those that tell a sync that is missing, one in ten or so shows it.
 STATES_TO_NOTICE = 100
 

@@ -32,7 +32,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR, "nbdclone")
 
 
-CAMPAIGNS = int(os.environ.get("POWERCUT_CAMPAIGNS", "60"))
+CAMPAIGNS = int(os.environ.get("POWERCUT_CAMPAIGNS", "36"))
 FIRST_SEED = int(os.environ.get("POWERCUT_SEED", "0"))
 
 
