@@ -54,16 +54,23 @@ def hoist(
     min_clones: Annotated[
         int | None, typer.Option("--min-clones", min=2, metavar="N", help="How many are many (default: half of them).")
     ] = None,
+    dedupe: Annotated[
+        bool, typer.Option("--dedupe", help="Let XFS or btrfs share what is alike, wherever it stands; move no clone.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Keep once what many clones of a base have alike at the same place."""
     from nbdclone.control.client import run_verb
 
-    arguments = {"base": base, "min_clones": min_clones, "dry_run": dry_run}
+    if dedupe and min_clones is not None:
+        raise typer.BadParameter("--dedupe shares whatever is there twice: it takes no --min-clones")
+    arguments = {"base": base, "min_clones": min_clones, "dry_run": dry_run, "dedupe": dedupe}
     with progress_bar(f"hoist {base}") as progress:
         result = run_verb(open_pool(), "hoist", arguments, progress)
     if as_json:
         print_json(result)
+    elif dedupe:
+        print(_shared_line(result, base))
     elif not result["clones"]:
         print(f"the clones of '{base}' have nothing alike that would be worth a layer")
     else:
@@ -71,6 +78,16 @@ def hoist(
         now = "would be" if dry_run else "is"
         before, after = show_size(result["before"]), show_size(result["after"])
         print(f"{layer} {now} shared by {count} clones of '{base}': {before} on disk before, {after} after")
+
+
+def _shared_line(result: dict[str, Any], base: str) -> str:
+    alike, shared = show_size(result["alike"]), show_size(result["shared"])
+    if not result["alike"]:
+        return f"'{base}' and what stands on it have nothing alike that is not shared already"
+    if result["dry_run"]:
+        return f"{alike} in what stands on '{base}' could be shared"
+    left = "" if result["shared"] == result["alike"] else f" of {alike} that was found alike"
+    return f"{shared}{left} in what stands on '{base}' is shared now"
 
 
 def _confirm(yes: bool) -> None:

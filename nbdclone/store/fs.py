@@ -37,6 +37,13 @@ SYNCS_AT_ONCE = 16
 
 # From linux/fs.h: share the extents of a whole file (btrfs, XFS, bcachefs).
 FICLONE = 0x40049409
+# And those of a range, if both have the same there, which the kernel sees for itself (man 2 ioctl_fideduperange): the
+# source's offset, length, how many targets; then of the one target descriptor, offset, bytes shared, status: below 0 an
+# error number, 1 if it differs.
+FIDEDUPERANGE = 0xC0189436
+DEDUPE = struct.Struct("=QQHHIqQQiI")
+# What a file system says that cannot do it.
+CANNOT_SHARE = frozenset((errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.ENOSYS))
 # And the flags of a file, as chattr sets them: a long in the number of the call, an int in what is passed.
 FS_IOC_GETFLAGS = 0x80086601
 FS_IOC_SETFLAGS = 0x40086602
@@ -52,6 +59,9 @@ _NO_FILE = frozenset(
 FS_IOC_FIEMAP = 0xC020660B
 FIEMAP = struct.Struct("=QQIIII")
 FIEMAP_EXTENT = struct.Struct("=QQQ16xI12x")
+# Its place on the disk is not known, not yet there, or not that of its bytes alone: UNKNOWN, DELALLOC, ENCODED,
+# NOT_ALIGNED, DATA_INLINE.
+FIEMAP_EXTENT_NO_PLACE = 0x0002 | 0x0004 | 0x0008 | 0x0100 | 0x0200
 FIEMAP_EXTENT_SHARED = 0x2000  # with another file
 FIEMAP_EXTENTS = 256  # asked for at once
 
@@ -174,7 +184,7 @@ class FileSystem:
         """
         missing, stop = 0, offset + length
         try:
-            for start, size, _ in self._extents(fd, offset, stop):
+            for start, _, size, _ in self._extents(fd, offset, stop):
                 missing += max(min(start, stop) - offset, 0)
                 offset = max(offset, min(start + size, stop))
         except OSError as error:
@@ -187,11 +197,31 @@ class FileSystem:
         """How many bytes of the file are in extents that it shares with another, as far as that can be told."""
         with contextlib.suppress(OSError):  # what shares nothing need not know the question
             extents = self._extents(fd, 0, self.fstat(fd).st_size)
-            return sum(size for _, size, flags in extents if flags & FIEMAP_EXTENT_SHARED)
+            return sum(size for _, _, size, flags in extents if flags & FIEMAP_EXTENT_SHARED)
         return 0
 
-    def _extents(self, fd: int, offset: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """What space the range has: (place in the file, length, flags) of each extent."""
+    def places_on_disk(self, fd: int, offset: int, length: int) -> list[tuple[int, int, int]] | None:
+        """Where the bytes of the range are: (bytes behind ``offset``, place on the disk, length), neighbours joined.
+
+        None if that cannot be told of all that has space there.
+        """
+        found: list[tuple[int, int, int]] = []
+        try:
+            for start, place, size, flags in self._extents(fd, offset, offset + length):
+                if flags & FIEMAP_EXTENT_NO_PLACE:
+                    return None
+                first, last = max(start, offset), min(start + size, offset + length)
+                at, place = first - offset, place + first - start
+                if found and (at, place) == (found[-1][0] + found[-1][2], found[-1][1] + found[-1][2]):
+                    found[-1] = (*found[-1][:2], found[-1][2] + last - first)
+                else:
+                    found.append((at, place, last - first))
+        except OSError:
+            return None
+        return found
+
+    def _extents(self, fd: int, offset: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """What space the range has: (place in the file, place on the disk, length, flags) of each extent."""
         request = bytearray(FIEMAP.size + FIEMAP_EXTENTS * FIEMAP_EXTENT.size)
         told = FIEMAP_EXTENTS
         while offset < stop and told == FIEMAP_EXTENTS:
@@ -199,8 +229,9 @@ class FileSystem:
             fcntl.ioctl(fd, FS_IOC_FIEMAP, request)
             told = FIEMAP.unpack_from(request)[3]
             for index in range(told):
-                start, _, size, flags = FIEMAP_EXTENT.unpack_from(request, FIEMAP.size + index * FIEMAP_EXTENT.size)
-                yield start, size, flags
+                extent = FIEMAP_EXTENT.unpack_from(request, FIEMAP.size + index * FIEMAP_EXTENT.size)
+                start, _, size, _ = extent
+                yield extent
                 offset = max(offset, start + size)
 
     def keep_in_memory(self, fd: int, *, keep: bool = True) -> None:
@@ -234,6 +265,20 @@ class FileSystem:
         except OSError:
             return False
         return True
+
+    def dedupe(self, source_fd: int, source: int, target_fd: int, target: int, length: int) -> int:
+        """Make the target share the source's extents in a range that both have alike: how many bytes of it do so now.
+
+        The kernel compares both while nobody can change them: 0 where they differ, and nothing was done. It may do less
+        than it is asked for. The target's descriptor may be read-only, if this user may write to the file. Raises
+        OSError: among CANNOT_SHARE where the file system cannot do it, or the range is not of whole blocks.
+        """
+        request = bytearray(DEDUPE.pack(source, length, 1, 0, 0, target_fd, target, 0, 0, 0))
+        fcntl.ioctl(source_fd, FIDEDUPERANGE, request)
+        *_, done, status, _ = DEDUPE.unpack(request)
+        if status < 0:
+            raise OSError(-status, os.strerror(-status))
+        return done if status == 0 else 0
 
     def is_immutable(self, fd: int) -> bool:
         """Has the file the flag that forbids everybody to change or remove it? False where there is no such flag."""

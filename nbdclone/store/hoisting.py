@@ -34,6 +34,7 @@ from nbdclone.store.layer import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_SEGMENT, SE
 from nbdclone.store.moving import Move
 from nbdclone.store.rebasing import open_base, part, together
 from nbdclone.store.sealed import Sealed
+from nbdclone.store.sharing import share
 
 if TYPE_CHECKING:
     from nbdclone.control.verbs import Steps, Target
@@ -76,14 +77,21 @@ class _Found:
 _ANY = bytes([0]) + b"\1" * 255
 
 
-def hoist(target: Target, base: str, min_clones: int | None = None, dry_run: bool = False) -> Steps:
+def hoist(
+    target: Target, base: str, min_clones: int | None = None, dry_run: bool = False, dedupe: bool = False
+) -> Steps:
     """Put into a layer of their own the blocks that ``min_clones`` clones directly over the base have alike (default:
     half of them), and move those clones onto it that take less space so. At most 255 clones are looked at.
 
     Returns bytes: of the ``layer``, and all deltas ``before`` and ``after`` (in a dry run: as far as that can be told);
     and the names of the ``clones`` that were moved. Raises NotFound, UsageError, and what ``rebase`` raises.
+    ``dedupe``: nothing is moved, the file system shares what is alike (:func:`nbdclone.store.sharing.share`).
     """
     places = target.pool.places
+    if dedupe:
+        if min_clones is not None:
+            raise UsageError("--dedupe shares whatever is there twice: it takes no --min-clones")
+        return (yield from share(places, base, dry_run))
     with contextlib.ExitStack() as held:
         image = open_base(places, base)
         held.callback(image.close)
