@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from nbdclone.control.verbs import Steps
     from nbdclone.store.places import Places
 
-# Blocks that the table has at most: some 110 MiB of memory, and 4 GiB of data. Of more data it has one block in two,
+# Blocks that the table has at most: some 120 MiB of memory, and 4 GiB of data. Of more data it has one block in two,
 # in four, and so on: runs that are longer than that are found all the same.
 MAX_HASHES = 1 << 20
 # Of a hash of 64 bits: that two blocks among some million have the same by chance costs one comparison.

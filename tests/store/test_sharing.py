@@ -20,15 +20,18 @@ from nbdclone.control.verbs import Steps, drive, find_verb
 from nbdclone.errors import UsageError
 from nbdclone.store import sharing
 from nbdclone.store.check import check_pool
+from nbdclone.store.delta_file import place_of
+from nbdclone.store.delta_map import DeltaMap
 from nbdclone.store.fs import FILE_SYSTEM
 from nbdclone.store.image import Identity
-from nbdclone.store.layer import BLOCK_SIZE, SEGMENT_SIZE
+from nbdclone.store.layer import BLOCK_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE
 from nbdclone.store.pool import Pool
 
 MIB = 1 << 20
 SLACK = MIB // 2  # what a file system keeps for its own trees
 DATA = random.Random(1).randbytes(4 * MIB)
-BASE = random.Random(2).randbytes(2 * MIB)
+# It has something twice in itself, which stays so.
+BASE = (random.Random(2).randbytes(MIB) * 2)[: MIB + (64 << 10)]
 # Where the same stands in two clones; the second goes over the end of a segment.
 PLACES = {"web1": MIB, "web2": SEGMENT_SIZE - 3 * MIB - BLOCK_SIZE}
 SIZE = SEGMENT_SIZE + 4 * MIB
@@ -151,6 +154,31 @@ def test_the_base_and_the_layers_of_snapshots_share_as_well(twice: Pool) -> None
     assert {name: read(twice, name) for name in PLACES} == contents
     assert list(check_pool(twice.path, deep=True)) == []
     assert Identity.of((twice.path / "bases/base/image").stat()) == identity
+
+
+def test_layers_that_no_clone_stands_on_or_that_have_no_name_share_as_well(mount: Mount) -> None:
+    pool = make_pool(mount("xfs"), "layered")
+    with pool.open_clone("web1") as disk:
+        disk.pwrite(DATA[:MIB], PLACES["web2"])
+    pool.snapshot("web1@old")
+    pool.reset("web1")
+    assert share(pool, dry_run=True)["alike"] == len(DATA) + MIB  # web1@old is seen, which is beneath nothing
+    pool.create_clones("base", ["web3", "web4"], size=SIZE)
+    for name in ("web3", "web4"):
+        with pool.open_clone(name) as disk:
+            disk.pwrite(DATA[MIB - 1 :: -1], 0)
+    drive(find_verb("hoist").begin(LocalTarget(pool), {"base": "base", "min_clones": 2}))
+    with pool.open_clone("web1") as disk:
+        disk.pwrite(DATA[MIB - 1 :: -1], 16 * MIB)
+    assert share(pool)["shared"] == len(DATA) + 2 * MIB
+    assert list(check_pool(pool.path, deep=True)) == []
+
+
+def test_a_run_ends_where_the_data_of_a_segment_does() -> None:
+    delta = sharing._File(0, BLOCKS_PER_SEGMENT + 10, DeltaMap(Path(), 0, b"", FILE_SYSTEM))
+    for first, last in ((0, BLOCKS_PER_SEGMENT - 1), (BLOCKS_PER_SEGMENT, BLOCKS_PER_SEGMENT + 9)):
+        for block in (first, first + 5, last):
+            assert delta.data_around(place_of(block)) == (place_of(first), place_of(last) + BLOCK_SIZE)
 
 
 def test_a_clone_that_is_written_to_meanwhile_keeps_what_was_written(twice: Pool) -> None:
