@@ -98,7 +98,7 @@ def test_every_server_can_do_the_plain_lines_and_says_why_it_cannot_do_others() 
     (first,) = [workload for workload in WORKLOADS if workload.name == "randread-4k-1"]
     for peer in all_peers():
         assert peer.lacks(first) == ""
-        assert all(peer.lacks(it) == "" for it in WORKLOADS) == (peer.name == "qemu-nbd")
+        assert all(peer.lacks(it) == "" for it in WORKLOADS) == (peer.name in ("nbdclone", "qemu-nbd"))
 
 
 def test_raw_server_in_c_keeps_what_is_written_and_answers_errors(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_the_command_line_does_the_same_with_a_server_and_without(pool: Path) ->
         nbdclone("--pool", pool, "rm", "new")
         refused = nbdclone("--pool", pool, "rm", "web1", check=False)
         assert refused.returncode == 1
-        said = r"nbdclone: clone 'web1' is in use by process \d+ \(.*\); connected: unix uid \d+ pid \d+ .*since .*\n"
+        said = r"nbdclone: in use, and nothing was removed; connected to 'web1': unix uid \d+ pid \d+ .*since .*\n"
         assert re.fullmatch(said, refused.stderr)
     assert quota("none").startswith("clone 'web1' has no quota, and has ")
 
