@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,7 @@ def test_a_receive_that_is_told_to_stop_keeps_what_came(here: Path, there: Path)
     draft = there / ".tmp"
     while not list(draft.glob("receive-*/layers/*/delta")):
         assert receiving.poll() is None
+    time.sleep(0.5)  # until it has taken all that there is
     receiving.send_signal(signal.SIGTERM)
     assert receiving.wait(DEADLINE_S) == 128 + signal.SIGTERM
     receiving.stdin.close()

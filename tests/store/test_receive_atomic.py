@@ -35,16 +35,23 @@ def receive_more(pool: Pool) -> None:
 
 # In the pool there is a clone 'web3' besides, which has received web1@first.
 HERE = ALL | {"web3", "web3@first"}
-CONTENTS = {"web3": WRITTEN, "web3@first": WRITTEN}
+CONTENTS = {"web3": (WRITTEN,), "web3@first": (WRITTEN,)}
 OPERATIONS = {
     "receive": Operation(
-        receive_whole, HERE, HERE | {"far", "far@first", "far@second"},
-        CONTENTS | {"far": WRITTEN, "far@first": test_atomic.BASE, "far@second": WRITTEN},
+        receive_whole,
+        HERE,
+        HERE | {"far", "far@first", "far@second"},
+        CONTENTS | {"far": (WRITTEN,), "far@first": (test_atomic.BASE,), "far@second": (WRITTEN,)},
     ),
     "receive with the base": Operation(
-        receive_with_base, HERE, HERE | {"other", "away", "away@first"}, CONTENTS | {"away": AWAY, "away@first": AWAY}
+        receive_with_base,
+        HERE,
+        HERE | {"other", "away", "away@first"},
+        CONTENTS | {"away": (AWAY,), "away@first": (AWAY,)},
     ),
-    "receive more": Operation(receive_more, HERE, HERE | {"web3@more"}, CONTENTS | {"web3@more": MORE}),
+    "receive more": Operation(
+        receive_more, HERE, HERE | {"web3@more"}, CONTENTS | {"web3": (WRITTEN, MORE), "web3@more": (MORE,)}
+    ),
 }  # fmt: skip
 
 
