@@ -43,7 +43,7 @@ types: $(STAMP) ## mypy --strict
 	$(BIN)/mypy
 
 unit: $(STAMP) ## the tests of the modules, on all processors
-	$(BIN)/pytest tests --numprocesses auto --dist loadfile
+	$(BIN)/pytest tests --numprocesses auto --dist loadfile --max-worker-restart 0
 
 integration: $(STAMP) ## the tests with other people's programs
 	$(BIN)/pytest integration
