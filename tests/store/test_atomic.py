@@ -172,7 +172,8 @@ def grow_again(pool: Pool) -> None:
         pool.snapshot("web1@then")
         resize(pool.places, "web1", len(BASE))
         with pool.open_clone("web1") as clone:
-            assert clone.pread(clone.size, 0) == AGAIN[:SMALLER] + bytes(len(BASE) - SMALLER)
+            zeros = clone.pread(clone.size, 0) == AGAIN[:SMALLER] + bytes(len(BASE) - SMALLER)
+        assert zeros
 
 
 def remove_all(pool: Pool) -> None:
@@ -274,8 +275,9 @@ def require_whole(root: Path, operation: Operation, *, done: bool = False, go_on
         with pool.open_clone(name) as clone:
             expected = contents[name] if name in contents else (CONTENTS[name],)
             content = clone.pread(clone.size, 0)
-            assert content in expected, name
-            assert not done or content == expected[-1], name
+            # Not ``assert content == ...``: in CI pytest draws the difference in full, which takes minutes.
+            whole = content == expected[-1] if done else any(content == each for each in expected)
+            assert whole, name
     for info in pool.entries():
         assert info.error is None
     if operation.checked:

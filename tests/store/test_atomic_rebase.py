@@ -55,7 +55,8 @@ def require_right(root: Path, name: str, *, done: bool = False) -> None:
         for entry, content in CONTENTS.items():
             if entry in pool.names():
                 with pool.open_clone(entry) as disk:
-                    assert disk.pread(disk.size, 0) == content, entry
+                    same = disk.pread(disk.size, 0) == content
+                    assert same, entry
 
     look()
     try:

@@ -109,7 +109,8 @@ def more_is_there_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
         if operation.run is receive_more:
             with Pool.open(root / "pool").open_clone("web3") as clone:
                 found = clone.pread(clone.size, 0)
-            assert found == MORE or (not done and found == WRITTEN)
+            right = found == MORE or (not done and found == WRITTEN)
+            assert right, "web3"
             operation = operation._replace(contents={**(operation.contents or {}), "web3": (found,)})
         whole(root, operation, done=done, go_on=go_on)
 
