@@ -115,15 +115,22 @@ class Delta:
         The caller sees to it that nobody else does that. Costs the same whatever its size. Raises NotFound, InUse,
         CorruptDelta, UnsupportedFormat.
         """
+        while True:
+            try:
+                fd = fs.open_file(path, os.O_RDWR)
+            except FileNotFoundError:
+                raise NotFound(f"{what} is not there ({path})") from None
+            try:
+                fs.lock(fd, path, what, shared=shared)
+                status = fs.fstat(fd)
+                there = fs.still_there(path, status)
+            except BaseException:
+                fs.close(fd)
+                raise
+            if there:
+                break
+            fs.close(fd)  # it was removed; or a snapshot or a rollback has put another in its place: that one, then
         try:
-            fd = fs.open_file(path, os.O_RDWR)
-        except FileNotFoundError:
-            raise NotFound(f"{what} is not there ({path})") from None
-        try:
-            fs.lock(fd, path, what, shared=shared)
-            status = fs.fstat(fd)
-            if not fs.still_there(path, status):
-                raise NotFound(f"{what} was removed just now ({path})")
             header = read_header(fd, str(path), fs)
             if status.st_size < file_size(header.size):
                 raise CorruptDelta(str(path), f"truncated: {status.st_size} bytes of {file_size(header.size)}")

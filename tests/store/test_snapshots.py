@@ -367,3 +367,17 @@ def test_snapshots_sizes_and_quotas_of_one_clone_at_once_do_not_undo_each_other(
     assert isinstance(info, CloneInfo)
     assert (info.size, info.quota, len(info.snapshots)) == (9 << 20, 9 << 30, 15)
     assert all(read(pool, f"web1@{name}")[:4] == b"mine" for name in info.snapshots)
+
+
+def test_a_clone_that_goes_back_while_it_is_opened_is_opened_as_it_is_then(
+    web1: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, waiting = FileSystem.lock, [True]
+
+    def lock(self: FileSystem, fd: int, path: str | Path, what: str, *, shared: bool = False) -> None:
+        if waiting and waiting.pop():
+            web1.rollback("web1@golden")
+        real(self, fd, path, what, shared=shared)
+
+    monkeypatch.setattr(FileSystem, "lock", lock)
+    assert read(web1, "web1") == read(web1, "web1@golden")
