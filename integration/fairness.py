@@ -171,7 +171,10 @@ def percentile(times: list[float], share: float) -> float:
 
 @contextmanager
 def target(directory: Path, *args: str) -> Iterator[tuple[Served, Quiet]]:
-    """A server with a clone to be greedy on, one over a base that is kept out of memory, and a quiet client on one."""
+    """A server with a clone to be greedy on, one over a base that is kept out of memory, and a quiet client on one.
+
+    All in one process: with a worker for each of them there would be nothing to share.
+    """
     image = directory / "image.raw"
     with open(image, "wb") as file:
         for _ in range(DISK_SIZE >> 20):
@@ -179,7 +182,7 @@ def target(directory: Path, *args: str) -> Iterator[tuple[Served, Quiet]]:
     pool = make_pool(directory / "pool", image, GREEDY, QUIET, COLD)
     image.unlink()
     with (
-        served(pool, *args) as server,
+        served(pool, "--workers", "1", *args) as server,
         contextlib.closing(Quiet(server.socket, pool / "clones" / QUIET / "delta")) as quiet,
     ):
         yield server, quiet

@@ -18,34 +18,39 @@ from nbdclone.protocol.wire import Command
 
 SECONDS = 0.5
 TRIES = 3
-# Generous: the machines of CI are slow and shared. A client of 1,024 cold reads made it 28 ms before there were turns.
-MAX_TIMES = 20
-MAX_MORE_MS = 10
+# Of what a quiet client feels while the greedy one is at work on another server, for that takes the processor too. A
+# client of 1,024 cold reads made it 28 ms before there were turns.
+MAX_TIMES = 5
+MAX_MORE_MS = 5
 # A tenth of a second's burst in three seconds, and what a busy machine's timers are late.
 LIMITED_S = 3.0
 TOLERANCE = 0.08
 
 
-@pytest.fixture(scope="module", name="server")
-def serve() -> Iterator[tuple[Served, Quiet, Path]]:
-    with (
-        tempfile.TemporaryDirectory(prefix="nbdclone-", dir="/var/tmp") as directory,
-        target(Path(directory)) as (server, quiet),
-    ):
-        yield server, quiet, Path(directory, "pool")
+@pytest.fixture(scope="module", name="servers")
+def serve() -> Iterator[list[tuple[Served, Quiet, Path]]]:
+    """A quiet client's, and another."""
+    with contextlib.ExitStack() as stack:
+        both = []
+        for _ in range(2):
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdclone-", dir="/var/tmp")))
+            server, quiet = stack.enter_context(target(directory))
+            both.append((server, quiet, directory / "pool"))
+        yield both
 
 
 @pytest.mark.parametrize("kind", ["many-reads", "medium-reads", "large-reads", "flushes", "many-cold-reads"])
 @pytest.mark.parametrize("work", ["warm_read", "cold_read"])
-def test_a_quiet_client_is_not_kept_waiting(server: tuple[Served, Quiet, Path], kind: str, work: str) -> None:
-    served, quiet, pool = server
-    alone, beside = [], []
+def test_a_quiet_client_is_not_kept_waiting(servers: list[tuple[Served, Quiet, Path]], kind: str, work: str) -> None:
+    (served, quiet, pool), (other, _quiet, other_pool) = servers
+    apart, beside = [], []
     for _ in range(TRIES):
-        alone.append(percentile(quiet.feel(getattr(quiet, work), SECONDS), 0.99))
+        with greedy(kind, other, other_pool):
+            apart.append(percentile(quiet.feel(getattr(quiet, work), SECONDS), 0.99))
         with greedy(kind, served, pool):
             beside.append(percentile(quiet.feel(getattr(quiet, work), SECONDS), 0.99))
-    print(f"{KINDS[kind].what}: p99 of a {work} alone {alone} ms, beside it {beside} ms")
-    assert statistics.median(beside) < MAX_TIMES * statistics.median(alone) + MAX_MORE_MS
+    print(f"{KINDS[kind].what}: p99 of a {work} beside those of another server {apart} ms, of its own {beside} ms")
+    assert statistics.median(beside) < MAX_TIMES * statistics.median(apart) + MAX_MORE_MS
 
 
 def ask_again_and_again(path: str, command: int, length: int, depth: int, until: float) -> int:

@@ -4,7 +4,9 @@ A job is a function; its outcome is handed to a callback on the event loop. No f
 two queue operations, and the outcomes of all jobs that end while the loop is busy cost it one wake-up.
 
 Jobs have owners: the threads are given a few more jobs than there are threads, and whenever one is done, the owner
-whose turn it is gives the next. So an owner of a thousand jobs keeps another's waiting for the few that were given.
+whose turn it is gives the next. While others have jobs too, an owner has half of the threads at most, and their
+outcomes are handed on in turn: so the one job of the other finds a thread that has nothing to do, and its outcome waits
+for one of those of whoever has a thousand.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import asyncio
 import errno
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from time import perf_counter
@@ -27,11 +29,16 @@ logger = logging.getLogger("nbdclone")
 MAX_THREADS = 16
 # Jobs that wait in front of the threads, so that none of them has to wait for the loop.
 AHEAD = 4
+# While another owner has had a job so lately, none has more of them given than its share: the threads that it leaves
+# take the other's at once. Threads that have read also contend with the event loop for the interpreter.
+CROWDED_FOR_S = 0.05
+CROWDED_SHARE = 2
 # How long outcomes are handed on before others have their turn on the loop.
 SLICE_S = 0.0001
 
 Done = Callable[[Any, BaseException | None], None]
-Job = tuple[Callable[[], Any], Done]
+Job = tuple[Callable[[], Any], Done, object]
+Outcome = tuple[Done, Any, BaseException | None, object]
 
 
 class Offload:
@@ -41,10 +48,16 @@ class Offload:
         self._loop = loop
         self._max_threads = max_threads
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._given = 0  # jobs that the threads have, or have done and nobody has heard of
+        self._limit = max_threads + AHEAD
+        # Jobs that the threads have, or have done and nobody has heard of: all, and those of each owner.
+        self._given = 0
+        self._given_of: Counter[object] = Counter()
         # The jobs of each owner that are not given yet; whose turn it is, comes first. The loop's alone.
         self._queued: dict[object, deque[Job]] = {}
-        self._outcomes: deque[tuple[Done, Any, BaseException | None]] = deque()
+        self._last: object = None
+        self._crowded_until = 0.0
+        self._outcomes: deque[Outcome] = deque()  # as the threads left them
+        self._heard: dict[object, deque[Outcome]] = {}  # the same by owner, in turn
         self._waking = False
         self._threads: list[threading.Thread] = []
         self._unfinished = 0
@@ -66,20 +79,31 @@ class Offload:
                     return
             else:
                 self._threads.append(thread)
-        if self._given < self._max_threads + AHEAD:
-            self._given += 1
-            self._jobs.put((work, done))
-        else:
-            self._queued.setdefault(owner, deque()).append((work, done))
+        now = perf_counter()
+        if owner is not self._last:
+            self._last = owner
+            self._crowded_until = now + CROWDED_FOR_S
+        self._queued.setdefault(owner, deque()).append((work, done, owner))
+        self._give()
 
-    def _next(self) -> Job:
-        """The next of the jobs that wait; its owner goes to the end of the row."""
-        owner = next(iter(self._queued))
-        jobs = self._queued.pop(owner)
-        job = jobs.popleft()
-        if jobs:
-            self._queued[owner] = jobs
-        return job
+    def _give(self) -> None:
+        """Give the threads of the jobs that wait as many as they may have, each owner's in its turn."""
+        share = self._limit
+        if self._queued and perf_counter() < self._crowded_until:
+            share //= CROWDED_SHARE
+        passed = 0
+        while self._given < self._limit and passed < len(self._queued):
+            owner = next(iter(self._queued))
+            jobs = self._queued.pop(owner)
+            if self._given_of[owner] < share:
+                self._given += 1
+                self._given_of[owner] += 1
+                self._jobs.put(jobs.popleft())
+                passed = 0
+            else:
+                passed += 1
+            if jobs:
+                self._queued[owner] = jobs  # at the end of the row
 
     async def run(self, work: Callable[[], T], *, abandoned: Callable[[T], Any] | None = None) -> T:
         """The same for a coroutine.
@@ -113,47 +137,59 @@ class Offload:
         """Let the threads finish what they were given, and what follows from it, and end them."""
         while self._threads:
             ending, self._threads = self._threads, []
-            while self._queued:
-                self._given += 1
-                self._jobs.put(self._next())
+            for jobs in self._queued.values():
+                for job in jobs:
+                    self._given += 1
+                    self._given_of[job[2]] += 1
+                    self._jobs.put(job)
+            self._queued.clear()
             for _ in ending:
                 self._jobs.put(None)
             for thread in ending:
                 thread.join()
-            while self._outcomes:
+            while self._outcomes or self._heard:
                 self._deliver()  # a result that nobody waits for any more is one more job
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            work, done = job
-            outcome: tuple[Done, Any, BaseException | None]
+            work, done, owner = job
+            outcome: Outcome
             try:
-                outcome = (done, work(), None)
+                outcome = (done, work(), None, owner)
             except BaseException as error:
-                outcome = (done, None, error)
+                outcome = (done, None, error, owner)
             self._outcomes.append(outcome)
             # The loop resets the flag before it looks at the outcomes: what is added after that wakes it again.
             if not self._waking:
                 self._waking = True
                 self._loop.call_soon_threadsafe(self._deliver)
-            del job, work, done, outcome  # or the buffers in them would live until the next job
+            del job, work, done, outcome, owner  # or the buffers in them would live until the next job
 
     def _deliver(self) -> None:
         self._waking = False
         until = perf_counter() + SLICE_S
-        while self._outcomes:
-            done, result, error = self._outcomes.popleft()
+        heard = self._heard
+        while self._outcomes or heard:
+            while self._outcomes:
+                outcome = self._outcomes.popleft()
+                heard.setdefault(outcome[3], deque()).append(outcome)
+            owner = next(iter(heard))
+            outcomes = heard.pop(owner)
+            done, result, error, _owner = outcomes.popleft()
+            if outcomes:
+                heard[owner] = outcomes  # at the end of the row
             self._unfinished -= 1
-            if self._queued:
-                self._jobs.put(self._next())
-            else:
-                self._given -= 1
+            self._given -= 1
+            self._given_of[owner] -= 1
+            if not self._given_of[owner]:
+                del self._given_of[owner]
+            self._give()
             try:
                 done(result, error)
             except Exception:
                 logger.exception("a defect of the server")
             if perf_counter() > until:
-                if self._outcomes and not self._waking:
+                if (self._outcomes or heard) and not self._waking:
                     self._waking = True
                     self._loop.call_soon(self._deliver)
                 return
