@@ -147,7 +147,7 @@ class _Removal:
         """Lock what is about to be removed, so that nobody has it open and nobody opens it."""
         kind, file = ("base", "image") if place.parent == self._places.bases else ("clone", "delta")
         try:
-            fd = self._fs.open_file(place / file, os.O_RDONLY)
+            fd = self._open(place / file, kind == "clone")
         except FileNotFoundError:
             return  # a damaged one may be removed too
         except StorageError:
@@ -159,6 +159,13 @@ class _Removal:
         directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         held.callback(os.close, directory)
         fcntl.flock(directory, fcntl.LOCK_EX)  # in ``.tmp`` it is ours, and not what the dead have left
+
+    def _open(self, file: Path, to_write: bool) -> int:
+        """``to_write``: if this user may. To lock what is open for reading takes a look at all locks of the system."""
+        if to_write:
+            with contextlib.suppress(StorageError):
+                return self._fs.open_file(file, os.O_RDWR)
+        return self._fs.open_file(file, os.O_RDONLY)
 
 
 def _some(names: Sequence[str]) -> str:

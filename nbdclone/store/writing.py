@@ -31,6 +31,10 @@ from nbdclone.store.layer import (
     zero_runs,
 )
 
+# ext4 caches what comes in one write in one large folio, and walks through all blocks of that folio with each later
+# write into it: 4 KiB into one of 1 MiB cost it 17 us, into one of 64 KiB 3.5, into one of 4 KiB 2. So a large write
+# goes in pieces, as aligned as folios are: a MiB of it takes 30 us more.
+PIECE_SIZE = 64 << 10
 ZERO_BLOCK = bytes(BLOCK_SIZE)
 _SOMEWHERE = re.compile(rb"[^\0]+")
 
@@ -198,7 +202,10 @@ class WritableDisk(Disk):
         if quota.lease < 0:
             quota.renew(position, length, nowait)
         try:
-            written = self._pwrite(delta.fd, view, position)
+            if length <= PIECE_SIZE:
+                written = self._pwrite(delta.fd, view, position)
+            else:
+                written = self._pwrite_pieces(delta.fd, view, position)
             if written != length:
                 self._store_rest(view, written, offset, nowait)
             # Marked after the bytes are in the file: a flush that sees the mark has its data sync ahead of it.
@@ -206,6 +213,22 @@ class WritableDisk(Disk):
                 self._take(segment, first, first + count)
         finally:  # also when it failed: in blocks that were ours already, some of it may be read from now on
             delta.touched()
+
+    def _pwrite_pieces(self, fd: int, view: memoryview, position: int) -> int:
+        """Write in pieces: how much the kernel took. Raises OSError if it took nothing."""
+        done, length = 0, len(view)
+        while done < length:
+            count = min(PIECE_SIZE - (position + done) % PIECE_SIZE, length - done)
+            try:
+                written = self._pwrite(fd, view[done : done + count], position + done)
+            except OSError:
+                if done:
+                    break  # who writes the rest meets it again
+                raise
+            done += written
+            if written != count:
+                break
+        return done
 
     def _store_rest(self, view: memoryview, written: int, offset: int, nowait: bool) -> None:
         """Write what the kernel did not take at once, mostly because the disk is full."""
