@@ -23,7 +23,7 @@ from nbdclone.commands.common import open_pool as _pool
 from nbdclone.commands.common import print_json as _print_json
 from nbdclone.commands.common import progress_bar as _progress
 from nbdclone.errors import NBDCloneError, UsageError
-from nbdclone.protocol.handshake import TLSMode
+from nbdclone.protocol.handshake_events import TLSMode
 
 if TYPE_CHECKING:
     from nbdclone.server.tls import ServerTLS

@@ -10,7 +10,8 @@ import wirebytes as w
 
 from nbdclone.errors import LocalProtocolError, RemoteProtocolError
 from nbdclone.protocol import wire
-from nbdclone.protocol.handshake import Aborted, Event, ListExports, Negotiated, OpenExport, Purpose, ServerHandshake
+from nbdclone.protocol.handshake import ServerHandshake
+from nbdclone.protocol.handshake_events import Aborted, Event, ListExports, Negotiated, OpenExport, Purpose
 from nbdclone.protocol.wire import ExportInfo, Mode, TransmissionFlag, transmission_flags
 
 WEB1 = ExportInfo("web1", 10 << 20, transmission_flags(False), "the first web server")
