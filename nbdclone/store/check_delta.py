@@ -7,10 +7,9 @@ written at this moment: who calls looks again before believing it.
 from __future__ import annotations
 
 import errno
-import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nbdclone.errors import CorruptDelta, StorageError, UnsupportedFormat
@@ -29,8 +28,9 @@ from nbdclone.store.delta_file import (
     encode_map_page,
     file_size,
 )
+from nbdclone.store.delta_map import segments_with_data
 from nbdclone.store.finding import NOTE, WRONG, Finding, Problem, Range
-from nbdclone.store.fs import FileSystem, data_and_holes, seek_extent
+from nbdclone.store.fs import FileSystem, data_and_holes
 from nbdclone.store.journal import recorded_blocks
 from nbdclone.store.layer import (
     BLOCK_SIZE,
@@ -169,18 +169,8 @@ class Examination:
     # The maps
 
     def _examine_maps(self, header: Header) -> None:
-        count = -(-header.size // SEGMENT_SIZE)
-        for segment in self._segments_with_data(count):
+        for segment in segments_with_data(self._fs, self._fd, header.size):
             self._examine_map(header, segment)
-
-    def _segments_with_data(self, count: int) -> Iterator[int]:
-        segment = 0
-        while segment < count:
-            found = seek_extent(self._fs, self._fd, segment * SEGMENT_SPAN, os.SEEK_DATA, segment * SEGMENT_SPAN)
-            segment = max(segment, found // SEGMENT_SPAN)
-            if segment < count:
-                yield segment
-            segment += 1
 
     def _examine_map(self, header: Header, segment: int) -> None:
         places = [segment * SEGMENT_SPAN + slot for slot in MAP_SLOTS]

@@ -366,13 +366,18 @@ def compare(
     ):
         whole.update(found)
         if found != expected:
-            offset = chunk * CHUNK_SIZE
-            length = min(CHUNK_SIZE, size - offset)
-            if differing and sum(differing[-1]) == offset:
-                offset, length = differing[-1][0], differing[-1][1] + length
-                differing.pop()
-            differing.append((offset, length))
+            append_chunk(differing, chunk, size)
     return whole.digest(), differing
+
+
+def append_chunk(ranges: list[tuple[int, int]], chunk: int, size: int) -> None:
+    """Add a chunk of ``size`` bytes of content to the (offset, length) of those before it; neighbours are one."""
+    offset = chunk * CHUNK_SIZE
+    length = min(CHUNK_SIZE, size - offset)
+    if ranges and sum(ranges[-1]) == offset:
+        offset, before = ranges.pop()
+        length += before
+    ranges.append((offset, length))
 
 
 def _verify(fd: int, name: str, directory: Path, record: BaseRecord) -> None:

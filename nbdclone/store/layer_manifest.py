@@ -24,15 +24,16 @@ from typing import Any
 from blake3 import blake3
 
 from nbdclone.errors import NotFound, UnsupportedFormat
-from nbdclone.store.delta_file import SEGMENT_SPAN, Header, place_of
-from nbdclone.store.delta_map import DeltaMap
-from nbdclone.store.fs import FileSystem, seek_extent
+from nbdclone.store.delta_file import Header, place_of
+from nbdclone.store.delta_map import DeltaMap, segments_with_data
+from nbdclone.store.fs import FileSystem
 from nbdclone.store.image import (
     CHUNK_SIZE,
     HASH_SIZE,
     UNREADABLE,
     ZERO_CHUNK,
     Progress,
+    append_chunk,
     chunk_count,
     fingerprint_of,
     read_manifest,
@@ -161,12 +162,7 @@ def differing_chunks(path: Path, size: int, hashes: list[tuple[int, bytes]]) -> 
     count = chunk_count(size)
     for chunk, (now, then) in enumerate(zip(spread(hashes, count), read_manifest(path, size), strict=True)):
         if now != then:
-            offset = chunk * CHUNK_SIZE
-            length = min(CHUNK_SIZE, size - offset)
-            if found and sum(found[-1]) == offset:
-                offset, length = found[-1][0], found[-1][1] + length
-                found.pop()
-            found.append((offset, length))
+            append_chunk(found, chunk, size)
     return found
 
 
@@ -180,15 +176,9 @@ def hash_layer(
     """
     deltas = DeltaMap(path, fd, header.id, fs)
     bits: dict[int, int] = {}  # by chunk
-    count = -(-header.size // (BLOCKS_PER_SEGMENT * BLOCK_SIZE))
-    segment = 0
-    while segment < count:
-        at = segment * SEGMENT_SPAN
-        segment = max(segment, seek_extent(fs, fd, at, os.SEEK_DATA, at) // SEGMENT_SPAN)
-        if segment < count:
-            bitmap = int.from_bytes(deltas.read(segment, nowait=False).bitmap, "big")
-            _add_bits(bits, segment * BLOCKS_PER_SEGMENT, bitmap)
-        segment += 1
+    for segment in segments_with_data(fs, fd, header.size):
+        bitmap = int.from_bytes(deltas.read(segment, nowait=False).bitmap, "big")
+        _add_bits(bits, segment * BLOCKS_PER_SEGMENT, bitmap)
     found: list[tuple[int, bytes]] = []
     for chunk in sorted(bits):
         found.append((chunk, _hash_chunk(fs, fd, chunk, bits[chunk])))

@@ -225,6 +225,21 @@ class Places:
                     thaw_bases(self.fs, path)
                     self.fs.remove_tree(path, ignore_errors=True)
 
+    def rename_all(self, pairs: Sequence[tuple[Path, Path]]) -> None:
+        """Rename (from, to), all or, if one fails, none. Bases that go are last, when their clones durably went."""
+        done: list[tuple[Path, Path]] = []
+        try:
+            for source, target in pairs:
+                if source.parent == self.bases:
+                    self.fs.sync_directory(self.clones)
+                self.fs.rename(source, target)
+                done.append((source, target))
+        except BaseException:
+            for source, target in reversed(done):
+                with contextlib.suppress(OSError):
+                    self.fs.rename(target, source)
+            raise
+
     @contextlib.contextmanager
     def no_space_left(self, what: str) -> Iterator[None]:
         """Say a full disk in a line, with what is free."""

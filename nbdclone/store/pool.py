@@ -173,7 +173,7 @@ class Pool:
                             f"'{source}' was removed just now"
                         )  # by another machine, whose locks we do not see
                     # Each is whole and durable already: a power cut in between leaves some of them, and no half one.
-                    self._rename_all([(staging / name, self._clones / name) for name in names])
+                    self.places.rename_all([(staging / name, self._clones / name) for name in names])
                 self._fs.sync_directory(self._clones)
         catalog = Catalog(self.places)
         return [info for name in names if isinstance(info := catalog.info(name), CloneInfo)]
@@ -296,16 +296,3 @@ class Pool:
         if place.parent == self._clones:
             raise UsageError(f"'{name}' is a clone: clones are made from bases and snapshots ('nbdclone snapshot')")
         return Image.open(name, place, self._fs)
-
-    def _rename_all(self, pairs: Sequence[tuple[Path, Path]]) -> None:
-        """Rename (from, to), all or, if one fails, none."""
-        done: list[tuple[Path, Path]] = []
-        try:
-            for source, target in pairs:
-                self._fs.rename(source, target)
-                done.append((source, target))
-        except BaseException:
-            for source, target in reversed(done):
-                with contextlib.suppress(OSError):
-                    self._fs.rename(target, source)
-            raise
