@@ -362,7 +362,7 @@ def test_a_refused_go_leaves_haggling_usable() -> None:
     server.refuse_export("there is no nobody")
     assert replies(server) == [(w.GO, w.UNKNOWN, b"there is no nobody")]
     ask(server, w.GO, w.export_request(b"web1"))
-    server.refuse_export("going down", wire.NBD_REP_ERR_SHUTDOWN)
+    server.refuse_export("going down", wire.OptionReply.ERR_SHUTDOWN)
     assert only_reply(server) == (w.GO, w.SHUTDOWN)
     ask(server, w.GO, w.export_request(b"web1"))
     server.accept_export(WEB1)
