@@ -18,19 +18,17 @@ import typer
 
 from nbdclone import __version__
 from nbdclone.commands import bases, blocks, chains, images, life, listing, stream  # noqa: F401 - they have verbs
+from nbdclone.commands import serve_options as opt
 from nbdclone.commands.common import Json, State, app, parse_size, raise_file_limit, show_size, show_time
 from nbdclone.commands.common import open_pool as _pool
 from nbdclone.commands.common import print_json as _print_json
 from nbdclone.commands.common import progress_bar as _progress
 from nbdclone.errors import NBDCloneError, UsageError
-from nbdclone.protocol.handshake import TLSMode
+from nbdclone.protocol.handshake_events import TLSMode
 
 if TYPE_CHECKING:
     from nbdclone.server.tls import ServerTLS
     from nbdclone.store.pool import Pool
-
-# A moment that is longer keeps a processor from others for more than a disk takes.
-MAX_BUSY_POLL_US = 1000
 
 
 def default_pool(environment: dict[str, str], user: int) -> Path:
@@ -49,13 +47,6 @@ def parse_quota(text: str) -> int:
         return 0
     if not (size := parse_size(text)):
         raise typer.BadParameter("a quota of nothing: give a size, or 'none' for no quota")
-    return size
-
-
-def parse_rate(text: str) -> int:
-    """A size, and not nothing."""
-    if not (size := parse_size(text)):
-        raise typer.BadParameter("nothing a second: give a size, or leave it out for no limit")
     return size
 
 
@@ -177,72 +168,22 @@ def check(
 
 @app.command()
 def serve(
-    listen: Annotated[
-        list[str] | None,
-        typer.Option("--listen", metavar="HOST:PORT", help="Default: 127.0.0.1:10809. Port 0: a free one. Repeatable."),
-    ] = None,
-    socket: Annotated[
-        list[Path] | None, typer.Option("--socket", metavar="PATH", help="A Unix socket. Repeatable.")
-    ] = None,
-    tls: Annotated[
-        TLSMode | None,
-        typer.Option("--tls", help="Default: required, where there are certificates or keys.", show_default=False),
-    ] = None,
-    tls_certificates: Annotated[
-        Path | None,
-        typer.Option(
-            "--tls-certificates", metavar="DIR", help="With ca-cert.pem, server-cert.pem, server-key.pem (see cert)."
-        ),
-    ] = None,
-    tls_psk: Annotated[
-        Path | None, typer.Option("--tls-psk", metavar="FILE", help="Pre-shared keys: lines username:hexkey.")
-    ] = None,
-    tls_verify_peer: Annotated[
-        bool,
-        typer.Option(
-            "--tls-verify-peer/--no-tls-verify-peer", help="Take clients with a certificate of that CA alone."
-        ),
-    ] = True,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Let other machines reach --listen without required TLS.")
-    ] = False,
-    max_connections: Annotated[
-        int | None, typer.Option("--max-connections", min=1, metavar="N", help="In all (default: 8192).")
-    ] = None,
-    max_connections_per_address: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="From one IP address or local user (default: half of all).")
-    ] = None,
-    max_memory: Annotated[
-        int | None,
-        typer.Option(
-            "--max-memory", parser=parse_size, metavar="SIZE", help="For all clients together (default: at most 1G)."
-        ),
-    ] = None,
-    busy_poll: Annotated[
-        int | None,
-        typer.Option(
-            "--busy-poll",
-            min=0,
-            max=MAX_BUSY_POLL_US,
-            metavar="US",
-            help="Microseconds to stay awake for the next of requests that come singly (default: 50; 0: never).",
-        ),
-    ] = None,
-    iops: Annotated[
-        int | None, typer.Option("--iops", min=1, metavar="N", help="Requests a second, for each export.")
-    ] = None,
-    bps: Annotated[
-        int | None,
-        typer.Option("--bps", parser=parse_rate, metavar="SIZE", help="Bytes a second, for each export."),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option("--workers", min=1, metavar="N", help="Processes to serve with (default: one for each core)."),
-    ] = None,
-    replay: Annotated[
-        bool, typer.Option("--replay/--no-replay", help="Record what the first boot of a base reads; read it ahead.")
-    ] = True,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
+    listen: opt.Listen = None,
+    socket: opt.Sockets = None,
+    tls: opt.Tls = None,
+    tls_certificates: opt.TlsCertificates = None,
+    tls_psk: opt.TlsPsk = None,
+    tls_verify_peer: opt.TlsVerifyPeer = True,
+    insecure: opt.Insecure = False,
+    max_connections: opt.MaxConnections = None,
+    max_connections_per_address: opt.MaxConnectionsPerAddress = None,
+    max_memory: opt.MaxMemory = None,
+    busy_poll: opt.BusyPoll = None,
+    iops: opt.Iops = None,
+    bps: opt.Bps = None,
+    workers: opt.Workers = None,
+    replay: opt.Replay = True,
+    verbose: opt.Verbose = False,
 ) -> None:
     """Serve every clone, and every base read-only, until told to stop (SIGTERM). SIGHUP: read the settings again."""
     import uvloop

@@ -28,7 +28,7 @@ from nbdclone.protocol.client_handshake import (
     ExportList,
     Opened,
 )
-from nbdclone.protocol.handshake import Negotiated
+from nbdclone.protocol.handshake_events import Negotiated
 from nbdclone.protocol.pending import Completed
 from nbdclone.protocol.transmission import Buffer
 from nbdclone.protocol.wire import Command, CommandFlag, Errno, ExportInfo, Mode, TransmissionFlag

@@ -25,7 +25,7 @@ from nbdclone.protocol.client_handshake import (
     Ready,
     Refused,
 )
-from nbdclone.protocol.handshake import StartTLS
+from nbdclone.protocol.handshake_events import StartTLS
 from nbdclone.protocol.pending import Completed
 from nbdclone.protocol.transmission import Buffer, ClientTransmission
 from nbdclone.protocol.wire import Command, Mode, OptionReply

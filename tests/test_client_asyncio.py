@@ -19,7 +19,8 @@ from nbdclone import client_connection
 from nbdclone.client import Address, Client
 from nbdclone.errors import ConnectionFailed, LocalProtocolError, RemoteProtocolError, ServerRefused, UsageError
 from nbdclone.protocol import wire
-from nbdclone.protocol.handshake import Aborted, ListExports, OpenExport, ServerHandshake
+from nbdclone.protocol.handshake import ServerHandshake
+from nbdclone.protocol.handshake_events import Aborted, ListExports, OpenExport
 from nbdclone.protocol.requests import MAX_BURST, Request, request_layout
 from nbdclone.protocol.transmission import (
     error_chunk,

@@ -15,7 +15,8 @@ from nbdclone.client import Client
 from nbdclone.credentials import client_context, server_context
 from nbdclone.errors import ConnectionFailed, NBDCloneError, RemoteProtocolError, ServerRefused, UsageError
 from nbdclone.protocol import wire
-from nbdclone.protocol.handshake import OpenExport, ServerHandshake, StartTLS, TLSMode
+from nbdclone.protocol.handshake import ServerHandshake
+from nbdclone.protocol.handshake_events import OpenExport, StartTLS, TLSMode
 from nbdclone.protocol.wire import ExportInfo, Mode, transmission_flags
 
 ACK = wire.OPTION_REPLY.pack(wire.REPLY_MAGIC, wire.Option.STARTTLS, wire.OptionReply.ACK, 0)

@@ -113,6 +113,29 @@ def test_the_examples_of_the_api_run(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
+SECTIONS = {
+    "": "# How the code is divided",
+    "protocol": "## The protocol",
+    "store": "## The store",
+    "server": "## The server",
+    "control": "## Control",
+    "exchange": "## Exchange",
+    "commands": "## The command line",
+}
+
+
+def test_the_page_on_architecture_names_every_module_under_its_package_and_no_other() -> None:
+    root = Path(delta.__file__).parents[1]
+    page = (DOCS / "architecture.md").read_text()
+    packages = {path.parent.name for path in root.glob("*/__init__.py")}
+    assert packages | {""} == SECTIONS.keys()
+    for package, heading in SECTIONS.items():
+        rows = page.split(f"{heading}\n", 1)[1].split("\n## ", 1)[0]
+        named = re.findall(r"`(\w+\.py)`", "".join(re.findall(r"^\| (`.+?) \|", rows, re.MULTILINE)))
+        there = [path.name for path in (root / package).glob("*.py") if path.name != "__init__.py"]
+        assert sorted(named) == sorted(there), package or "nbdclone"
+
+
 def test_every_public_name_is_documented_and_there() -> None:
     import nbdclone
 

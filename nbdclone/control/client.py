@@ -5,17 +5,15 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from nbdclone.control.address import connect
-from nbdclone.control.clients import name_clients
 from nbdclone.control.failures import from_record
 from nbdclone.control.local import LocalTarget
 from nbdclone.control.verbs import Arguments, OnProgress, Steps, drive, find_verb
-from nbdclone.errors import ConnectionFailed, InUse, NBDCloneError
+from nbdclone.errors import ConnectionFailed, NBDCloneError
 from nbdclone.store.pool import Pool
 
 API = "/v1"
@@ -122,12 +120,3 @@ def run_verb(pool: Pool, verb: str, arguments: Arguments, progress: OnProgress |
     control = Control.of(pool.path)
     steps = control.run(verb, arguments) if control else known.begin(LocalTarget(pool), arguments)
     return drive(steps, progress)
-
-
-def name_the_connected(pool: Path, error: InUse, names: Sequence[str]) -> InUse:
-    """The same error; if a server has these open for clients, it says for whom."""
-    try:
-        control = Control.of(pool)
-        return error if control is None else InUse(name_clients(str(error), control.exports(), names))
-    except (NBDCloneError, OSError):
-        return error  # which is what matters

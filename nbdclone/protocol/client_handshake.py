@@ -13,15 +13,9 @@ from typing import Any, Final
 
 from nbdclone.errors import LocalProtocolError, RemoteProtocolError
 from nbdclone.protocol import wire
-from nbdclone.protocol.handshake import (
-    AHEAD_OF_TLS,
-    HANDSHAKE_FLAGS,
-    Aborted,
-    Negotiated,
-    OptionError,
-    StartTLS,
-    parse_name,
-)
+from nbdclone.protocol.handshake import AHEAD_OF_TLS, HANDSHAKE_FLAGS
+from nbdclone.protocol.handshake_events import Aborted, Negotiated, StartTLS
+from nbdclone.protocol.option_data import OptionError, parse_name
 from nbdclone.protocol.wire import (
     CLIENT_FLAGS,
     EXPORT_NAME_REPLY,

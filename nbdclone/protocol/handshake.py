@@ -10,25 +10,41 @@ from __future__ import annotations
 from base64 import b64decode, b64encode
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Final
 
 from nbdclone.errors import LocalProtocolError, RemoteProtocolError
 from nbdclone.protocol import wire
 from nbdclone.protocol.block_status import listed_contexts, need_snapshots, selected_contexts
+from nbdclone.protocol.handshake_events import (
+    Aborted,
+    Event,
+    FindSnapshots,
+    ListExports,
+    Negotiated,
+    OpenExport,
+    Purpose,
+    StartTLS,
+    TLSMode,
+)
+from nbdclone.protocol.option_data import (
+    OptionError,
+    check_fields,
+    list_replies,
+    option_reply,
+    parse_context_request,
+    parse_export_request,
+    parse_name,
+    refuse_data,
+)
 from nbdclone.protocol.wire import (
     CLIENT_FLAGS,
     EXPORT_NAME_REPLY,
     GREETING,
-    INFO_COUNT,
     INFO_TYPE,
     META_CONTEXT,
     OPTION,
-    OPTION_REPLY,
-    QUERY_COUNT,
-    STRING_LENGTH,
     ExportInfo,
     HandshakeFlag,
     Info,
@@ -43,83 +59,6 @@ AHEAD_OF_TLS: Final = "bytes came ahead of the TLS handshake"
 HANDSHAKE_FLAGS: Final = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
 # Messages that are given at once; to make so many of a long list is a tenth of a millisecond's work.
 MESSAGES_AT_ONCE: Final = 64
-
-
-class Purpose(Enum):
-    """Why a client names an export."""
-
-    EXPORT_NAME = Option.EXPORT_NAME  # to use it; a refusal can only be to close
-    INFO = Option.INFO  # to know about it
-    GO = Option.GO  # to use it
-
-
-@dataclass(frozen=True, slots=True)
-class ListExports:
-    """The client asks for the names of all exports. Answer: ``send_list``."""
-
-
-@dataclass(frozen=True, slots=True)
-class FindSnapshots:
-    """The client asks for metadata contexts that depend on the snapshots beneath an export. Answer: ``send_contexts``.
-
-    ``option`` is NBD_OPT_LIST_META_CONTEXT or NBD_OPT_SET_META_CONTEXT.
-    """
-
-    export: str
-    option: int
-    queries: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class OpenExport:
-    """The client names an export; "" is the default one. Answer: ``accept_export`` or ``refuse_export``."""
-
-    name: str
-    purpose: Purpose
-    wants_description: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Aborted:
-    """The client ended the negotiation. Nothing is to be answered; send what there is, and close."""
-
-
-@dataclass(frozen=True, slots=True)
-class StartTLS:
-    """NBD_OPT_STARTTLS was agreed on. Send what there is, do the TLS handshake, and say so: ``tls_started``."""
-
-
-class TLSMode(Enum):
-    """What a server does about TLS ("Server-side requirements")."""
-
-    OFF = "off"  # NOTLS
-    ON = "on"  # SELECTIVETLS without an export that insists on it: the client chooses
-    REQUIRED = "required"  # FORCEDTLS
-
-
-Event = ListExports | FindSnapshots | OpenExport | StartTLS | Aborted
-
-
-@dataclass(frozen=True, slots=True)
-class Negotiated:
-    """What was agreed: ``export.flags`` are the transmission flags as the client was told them.
-
-    ``mode`` says what the messages of the transmission look like; ``contexts`` are the metadata contexts that were
-    selected for this export: (id, name) of each.
-    """
-
-    export: ExportInfo
-    mode: Mode
-    contexts: tuple[tuple[int, str], ...] = ()
-
-
-class OptionError(Exception):
-    """An option that cannot be granted: a reply of this type, and haggling goes on."""
-
-    def __init__(self, reply: int, message: str) -> None:
-        super().__init__(message)
-        self.reply = reply
-        self.message = message
 
 
 class ServerHandshake:
@@ -332,7 +271,7 @@ class ServerHandshake:
     def _on_start_tls(self, option: int, data: bytes) -> Event:
         if self._tls is TLSMode.OFF:
             raise OptionError(OptionReply.ERR_UNSUP, "this server does without TLS")
-        _refuse_data(data)
+        refuse_data(data)
         if self._in_tls:
             raise OptionError(OptionReply.ERR_INVALID, "TLS was started before")
         if self._received:  # somebody between us and the client may have put them there: CVE-2021-3716
@@ -345,24 +284,24 @@ class ServerHandshake:
         return self._unanswered
 
     def _on_list(self, _option: int, data: bytes) -> Event:
-        _refuse_data(data)
+        refuse_data(data)
         self._unanswered = ListExports()
         return self._unanswered
 
     def _on_structured_reply(self, option: int, data: bytes) -> None:
-        _refuse_data(data)
+        refuse_data(data)
         if self.mode is Mode.EXTENDED:
             raise OptionError(OptionReply.ERR_EXT_HEADER_REQD, "extended headers were agreed on before")
         self.mode = Mode.STRUCTURED
         self._send_reply(option, OptionReply.ACK)
 
     def _on_extended_headers(self, option: int, data: bytes) -> None:
-        _refuse_data(data)
+        refuse_data(data)
         self.mode = Mode.EXTENDED
         self._send_reply(option, OptionReply.ACK)
 
     def _on_info_or_go(self, option: int, data: bytes) -> Event:
-        name, self._requested_infos = _parse_export_request(data)
+        name, self._requested_infos = parse_export_request(data)
         wants_description = Info.DESCRIPTION in self._requested_infos
         self._unanswered = OpenExport(name, Purpose(option), wants_description)
         return self._unanswered
@@ -401,7 +340,7 @@ class ServerHandshake:
             raise OptionError(
                 OptionReply.ERR_INVALID, "structured replies or extended headers are to be agreed on before"
             )
-        return _parse_context_request(data)
+        return parse_context_request(data)
 
     # What the server answers
 
@@ -416,7 +355,7 @@ class ServerHandshake:
         exports = list(exports)
         for name, _description in exports:
             encode_string(name, wire.MAX_NAME_LENGTH)
-        self._outgoing.append(_list_replies(exports))
+        self._outgoing.append(list_replies(exports))
         self._unanswered = None
 
     def send_contexts(self, snapshots: Collection[str]) -> None:
@@ -440,7 +379,7 @@ class ServerHandshake:
             LocalProtocolError: no export was asked for, or ``info`` cannot be sent; then nothing is sent.
         """
         asked = self._asked_export()
-        _check_fields(info)
+        check_fields(info)
         contexts = self.selected_for(asked.name)
         if self.mode is not Mode.SIMPLE:
             info = replace(info, flags=info.flags | wire.FLAG_SEND_DF)
@@ -501,7 +440,7 @@ class ServerHandshake:
         return payloads
 
     def _send_reply(self, option: int, reply: int, payload: bytes = b"") -> None:
-        self._send(_option_reply(option, reply, payload))
+        self._send(option_reply(option, reply, payload))
 
     def _send(self, message: bytes) -> None:
         self._outgoing.append(iter((message,)))
@@ -521,97 +460,3 @@ _SERVER_OPTIONS: Final[dict[int, Callable[[ServerHandshake, int, bytes], Event |
     Option.LIST_META_CONTEXT: ServerHandshake._on_contexts,
     Option.SET_META_CONTEXT: ServerHandshake._on_contexts,
 }
-
-
-def _check_fields(info: ExportInfo) -> None:
-    """The numbers in ``info`` must fit their fields."""
-    blocks = (info.minimum_block, info.preferred_block, info.maximum_payload)
-    if not (0 <= info.size < 1 << 64 and 0 <= info.flags < 1 << 16 and 0 < min(blocks) <= max(blocks) < 1 << 32):
-        raise LocalProtocolError(f"{info} does not fit into its fields")
-
-
-def _list_replies(exports: Iterable[tuple[str, str]]) -> Iterator[bytes]:
-    for name, description in exports:
-        encoded = encode_string(name, wire.MAX_NAME_LENGTH)
-        text = encode_text(description, wire.MAX_LISTED_LENGTH)
-        yield _option_reply(Option.LIST, OptionReply.SERVER, STRING_LENGTH.pack(len(encoded)) + encoded + text)
-    yield _option_reply(Option.LIST, OptionReply.ACK)
-
-
-def _option_reply(option: int, reply: int, payload: bytes = b"") -> bytes:
-    return OPTION_REPLY.pack(wire.REPLY_MAGIC, option, reply, len(payload)) + payload
-
-
-def _refuse_data(data: bytes) -> None:
-    if data:
-        raise OptionError(OptionReply.ERR_INVALID, "this option takes no data")
-
-
-def parse_name(data: bytes) -> str:
-    """An export name as it comes over the wire: UTF-8 without NUL, at most ``MAX_NAME_LENGTH`` bytes."""
-    if len(data) > wire.MAX_NAME_LENGTH:
-        message = f"an export name of {len(data)} bytes: the limit is {wire.MAX_NAME_LENGTH}"
-        raise OptionError(OptionReply.ERR_TOO_BIG, message)
-    if b"\0" in data:
-        raise OptionError(OptionReply.ERR_INVALID, "an export name holds a NUL")
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        raise OptionError(OptionReply.ERR_INVALID, "an export name is not UTF-8") from None
-
-
-def _parse_export_request(data: bytes) -> tuple[str, frozenset[int]]:
-    """The data of NBD_OPT_INFO and NBD_OPT_GO: name, information requests. The lengths in it must add up."""
-    fixed = STRING_LENGTH.size + INFO_COUNT.size
-    if len(data) < fixed:
-        raise OptionError(OptionReply.ERR_INVALID, f"{len(data)} bytes of data are too short")
-    (name_length,) = STRING_LENGTH.unpack_from(data)
-    if name_length > len(data) - fixed:
-        raise OptionError(OptionReply.ERR_INVALID, f"a name of {name_length} bytes in {len(data)} bytes of data")
-    name_end = STRING_LENGTH.size + name_length
-    (count,) = INFO_COUNT.unpack_from(data, name_end)
-    infos = data[name_end + INFO_COUNT.size :]
-    if count * INFO_TYPE.size != len(infos):
-        raise OptionError(OptionReply.ERR_INVALID, f"{count} information requests in {len(infos)} bytes")
-    name = parse_name(data[STRING_LENGTH.size : name_end])
-    return name, frozenset(info for (info,) in INFO_TYPE.iter_unpack(infos))
-
-
-def _parse_context_request(data: bytes) -> tuple[str, list[str]]:
-    """The data of NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT: name, queries. The lengths must add up."""
-    name, position = _take_string(data, 0)
-    if len(data) < position + QUERY_COUNT.size:
-        raise OptionError(OptionReply.ERR_INVALID, f"{len(data)} bytes of data hold no number of queries")
-    (count,) = QUERY_COUNT.unpack_from(data, position)
-    if count > wire.MAX_QUERIES:
-        raise OptionError(OptionReply.ERR_TOO_BIG, f"{count} queries: the limit is {wire.MAX_QUERIES}")
-    position += QUERY_COUNT.size
-    queries = []
-    for _ in range(count):
-        query, position = _take_string(data, position)
-        queries.append(_parse_query(query))
-    if position != len(data):
-        raise OptionError(OptionReply.ERR_INVALID, f"{len(data) - position} bytes follow the last query")
-    return parse_name(name), queries
-
-
-def _take_string(data: bytes, position: int) -> tuple[bytes, int]:
-    """The string at ``position``, and where it ends."""
-    start = position + STRING_LENGTH.size
-    if len(data) < start:
-        raise OptionError(OptionReply.ERR_INVALID, f"{len(data)} bytes of data are too short")
-    (length,) = STRING_LENGTH.unpack_from(data, position)
-    if length > len(data) - start:
-        raise OptionError(OptionReply.ERR_INVALID, f"a string of {length} bytes in {len(data)} bytes of data")
-    return data[start : start + length], start + length
-
-
-def _parse_query(query: bytes) -> str:
-    """A query for metadata contexts: a namespace, a colon, and what that namespace makes of the rest."""
-    try:
-        text = query.decode()
-    except UnicodeDecodeError:
-        raise OptionError(OptionReply.ERR_INVALID, "a query is not UTF-8") from None
-    if len(query) > wire.MAX_STRING_LENGTH or "\0" in text or text.find(":") < 1:
-        raise OptionError(OptionReply.ERR_INVALID, "a query is no namespace, colon and name")
-    return text

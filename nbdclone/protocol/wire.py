@@ -278,7 +278,6 @@ FLAG_BLOCK_STATUS_PAYLOAD: Final = int(TransmissionFlag.BLOCK_STATUS_PAYLOAD)
 
 NBD_REP_ERR_POLICY: Final = int(OptionReply.ERR_POLICY)
 NBD_REP_ERR_UNKNOWN: Final = int(OptionReply.ERR_UNKNOWN)
-NBD_REP_ERR_SHUTDOWN: Final = int(OptionReply.ERR_SHUTDOWN)
 
 
 class Mode(IntEnum):

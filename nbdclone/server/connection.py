@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from nbdclone.errors import NBDCloneError, RemoteProtocolError
 from nbdclone.protocol.block_status import snapshot_in
-from nbdclone.protocol.handshake import FindSnapshots, ListExports, OpenExport, Purpose, ServerHandshake, StartTLS
+from nbdclone.protocol.handshake import ServerHandshake
+from nbdclone.protocol.handshake_events import FindSnapshots, ListExports, OpenExport, Purpose, StartTLS
 from nbdclone.protocol.wire import NBD_REP_ERR_POLICY, NBD_REP_ERR_UNKNOWN, ExportInfo, transmission_flags
 from nbdclone.server.access import refused_by
 from nbdclone.server.block_status import Context, Contexts

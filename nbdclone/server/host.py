@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from nbdclone.errors import UsageError
-from nbdclone.protocol.handshake import TLSMode
+from nbdclone.protocol.handshake_events import TLSMode
 from nbdclone.server.budget import Budget
 from nbdclone.server.busy import DEFAULT_LIMIT_US, Busy
 from nbdclone.server.connection import Connection, Opener

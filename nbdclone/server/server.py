@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from nbdclone.errors import UsageError
-from nbdclone.protocol.handshake import TLSMode
+from nbdclone.protocol.handshake_events import TLSMode
 from nbdclone.server.accept import Acceptor
 from nbdclone.server.admission import MAX_CONNECTIONS, Admission
 from nbdclone.server.budget import MIN_MEMORY, default_memory

@@ -26,7 +26,7 @@ from typing import Any
 
 from nbdclone.errors import NBDCloneError, RemoteProtocolError
 from nbdclone.protocol.block_status import parse_status_filter
-from nbdclone.protocol.handshake import Negotiated
+from nbdclone.protocol.handshake_events import Negotiated
 from nbdclone.protocol.requests import Request, request_layout
 from nbdclone.protocol.transmission import request_error
 from nbdclone.protocol.wire import (

@@ -21,7 +21,7 @@ from typing import Any
 from nbdclone.control.serve import ControlServer
 from nbdclone.control.verbs import Arguments
 from nbdclone.errors import Interrupted, UsageError
-from nbdclone.protocol.handshake import TLSMode
+from nbdclone.protocol.handshake_events import TLSMode
 from nbdclone.server.accept import Acceptor
 from nbdclone.server.admission import MAX_CONNECTIONS, Admission
 from nbdclone.server.budget import MIN_MEMORY, default_memory

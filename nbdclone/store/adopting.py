@@ -9,18 +9,17 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import stat
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbdclone.errors import InUse, InvalidImage, NotFound
+from nbdclone.errors import InUse, InvalidImage
 from nbdclone.store.catalog import BaseInfo
 from nbdclone.store.clone import Clone
 from nbdclone.store.image import BaseRecord, Progress, Samples, fingerprint_of, hash_all
-from nbdclone.store.importing import detect_format
+from nbdclone.store.importing import detect_format, open_source
 from nbdclone.store.layer import BLOCK_SIZE, MAX_LAYERS, MAX_SIZE, SECTOR_SIZE, SEGMENT_SIZE
 from nbdclone.store.pool import Pool
 from nbdclone.store.qemu import CHECK_PASSES, Qcow2Header, as_name, complaint_of, data_ends, find_program, node
@@ -68,7 +67,7 @@ def read_chain(path: Path) -> Chain:
     seen: set[tuple[int, int]] = set()
     path, expected = Path(os.path.abspath(path)), "qcow2"
     while True:
-        fd = _open(path, overlays)
+        fd = open_source(path, f", which {overlays[-1].path} stands on" if overlays else "")
         try:
             status = os.fstat(fd)
             if (status.st_dev, status.st_ino) in seen or len(seen) > MAX_LAYERS:
@@ -89,21 +88,6 @@ def read_chain(path: Path) -> Chain:
             return Chain(tuple(overlays), path, found)
         overlays.append(Overlay(path, header.size, header.snapshots))
         path, expected = _below(path, header)
-
-
-def _open(path: Path, overlays: list[Overlay]) -> int:
-    needed = f", which {overlays[-1].path} stands on" if overlays else ""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise NotFound(f"{path}: no such file{needed}") from None
-    except OSError as error:
-        raise InvalidImage(f"{path} cannot be read: {os.strerror(error.errno or 0)}{needed}") from None
-    kind = os.fstat(fd).st_mode
-    if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
-        os.close(fd)
-        raise InvalidImage(f"{path} is neither a file nor a block device{needed}")
-    return fd
 
 
 def _wrong_format(path: Path, found: str, expected: str, overlays: list[Overlay]) -> str:

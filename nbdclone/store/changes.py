@@ -7,28 +7,18 @@ layers that both stand on are looked at. So a block that was written with what i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from nbdclone.errors import UsageError
+from nbdclone.store.block_sets import ALL_BLOCKS, NO_BLOCKS, either, owned_by, runs_of
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
+from nbdclone.store.difference import differing_blocks
 from nbdclone.store.image import Image
-from nbdclone.store.layer import (
-    BLOCK_SHIFT,
-    BLOCK_SIZE,
-    BLOCKS_PER_SEGMENT,
-    NOWHERE,
-    SEGMENT_SIZE,
-    Layer,
-    block_count,
-    uniform,
-)
+from nbdclone.store.layer import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE, Layer, block_count
 from nbdclone.store.sealed import Sealed
 
-_NOTHING = uniform(NOWHERE)
-_OWNED = re.compile(rb"[^\0]+")
 # How much of both is read at once to be compared.
 COMPARED_AT_ONCE = 1 << 20
 
@@ -84,9 +74,9 @@ def _ranges_in(layers: Sequence[Layer], further: Sequence[tuple[int, int]], size
     """What any of the layers holds, and what is in one of the ranges (start, end) too; up to ``size``."""
     begin = end = 0
     for segment in range(-(-size // SEGMENT_SIZE)):
-        origin = segment * SEGMENT_SIZE
-        for first, last in _spans_in(layers, further, segment):
-            start, stop = origin + (first << BLOCK_SHIFT), min(origin + (last << BLOCK_SHIFT), size)
+        blocks = _blocks_in(layers, further, segment)
+        for start, length in runs_of(blocks, segment) if blocks is not NO_BLOCKS else ():
+            stop = min(start + length, size)
             if start >= stop:
                 break
             if start != end:
@@ -98,22 +88,15 @@ def _ranges_in(layers: Sequence[Layer], further: Sequence[tuple[int, int]], size
         yield begin, end - begin
 
 
-def _spans_in(layers: Sequence[Layer], further: Sequence[tuple[int, int]], segment: int) -> Iterator[tuple[int, int]]:
-    """The same within a segment, as blocks [first, last) of it."""
-    owned = [layer.paint(segment, _NOTHING, 1, nowait=False) for layer in layers]
+def _blocks_in(layers: Sequence[Layer], further: Sequence[tuple[int, int]], segment: int) -> bytes:
+    """The same within a segment."""
+    blocks = owned_by(layers, segment)
     for start, stop in further:
         first = min(max((start >> BLOCK_SHIFT) - segment * BLOCKS_PER_SEGMENT, 0), BLOCKS_PER_SEGMENT)
         last = min(max(block_count(stop) - segment * BLOCKS_PER_SEGMENT, 0), BLOCKS_PER_SEGMENT)
         if first < last:
-            owned.append(_NOTHING[:first] + uniform(1)[first:last] + _NOTHING[last:])
-    owned = [owners for owners in owned if owners is not _NOTHING]
-    if not owned:
-        return
-    together = 0
-    for owners in owned:
-        together |= int.from_bytes(owners, "little")
-    for run in _OWNED.finditer(together.to_bytes(BLOCKS_PER_SEGMENT, "little")):
-        yield run.span()
+            blocks = either(blocks, NO_BLOCKS[:first] + ALL_BLOCKS[first:last] + NO_BLOCKS[last:])
+    return blocks
 
 
 def changed_extents(a: Clone, b: Clone, *, content: bool = False) -> Iterator[Change]:
@@ -161,9 +144,5 @@ def _differing(a: Clone, b: Clone) -> Iterator[tuple[int, int]]:
 def _differing_blocks(a: Clone, b: Clone, start: int, stop: int) -> Iterator[tuple[int, int]]:
     if start == stop:
         return
-    one, other = a.pread(stop - start, start), b.pread(stop - start, start)
-    if one == other:
-        return
-    for at in range(0, stop - start, BLOCK_SIZE):
-        if one[at : at + BLOCK_SIZE] != other[at : at + BLOCK_SIZE]:
-            yield start + at, min(BLOCK_SIZE, stop - start - at)
+    for at in differing_blocks(a.pread(stop - start, start), b.pread(stop - start, start)):
+        yield start + at, min(BLOCK_SIZE, stop - start - at)

@@ -1,38 +1,31 @@
 """What is wrong in a pool, by name; and, where there is one right answer, put right.
 
-A check takes no lock until something looks wrong: a sound clone that is served is not disturbed. What looks wrong is
-looked at again under its lock; who cannot have the lock looks a few times, for the page may have been in flight, and
-leaves the clone alone.
+How often a delta is looked at, and under which lock: :mod:`nbdclone.store.check_looks`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from nbdclone.errors import InUse, NBDCloneError, NotFound, StorageError
 from nbdclone.store.check_base import BaseExamination, Wishes, files_of_a_base
-from nbdclone.store.check_delta import Examination, linked_to, read_from
+from nbdclone.store.check_delta import Examination, linked_to
 from nbdclone.store.check_layers import Beneath, Chains, ContentCheck, check_leftovers, check_snapshots
+from nbdclone.store.check_looks import Looks
 from nbdclone.store.delta_file import NO_PARENT, Header, read_header
-from nbdclone.store.finding import NOTE, WRONG, Finding, Problem, Range
+from nbdclone.store.finding import NOTE, WRONG, Finding, Problem, Range, unreadable
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem
 from nbdclone.store.image import BaseRecord, Progress, thaw_bases
 from nbdclone.store.layer_manifest import MANIFEST, RECORD, WRITER
 from nbdclone.store.live import FILE_NAME
-from nbdclone.store.locks import describe_process, holders, is_locked_directory
+from nbdclone.store.locks import holders, is_locked_directory
+from nbdclone.store.marked import read_from
 from nbdclone.store.names import is_name, split_name
 from nbdclone.store.places import ENTRIES, EPHEMERAL, SNAPSHOTS, STAGING_LOCK, Places, is_kept
-from nbdclone.store.repair import KEPT, repair
-
-# A clone that is open elsewhere is looked at this often, this far apart: a page in flight is written in microseconds.
-LOOKS = 4
-PAUSE_S = 0.02
-# After a repair one looks again, and what it laid open is repaired too: it takes three rounds at most.
-MAX_ROUNDS = 4
+from nbdclone.store.repair import KEPT
 
 
 def check_pool(
@@ -212,7 +205,7 @@ class _Check:
         except FileNotFoundError:
             return  # it was removed just now
         except OSError as error:
-            yield _unreadable(name, directory, error)
+            yield unreadable(name, directory, error)
             return
         others = frozenset(record.id for other, record in self._records.items() if other != name)
         examination = BaseExamination(self._fs, directory, self._above_bases(), others, self._changing, self._wishes)
@@ -247,7 +240,7 @@ class _Check:
                     chain.append((fd, header if file is path else read_header(fd, str(file), self._fs)))
                 count = read_from(self._fs, chain, origin, changed)
         except (OSError, StorageError) as error:
-            return _unreadable(clone, path, error)
+            return unreadable(clone, path, error)
         total = sum(length for _, length in changed)
         if count:
             what = f"it reads {count} of the {total} bytes of {whose} that changed"
@@ -294,7 +287,7 @@ class _Check:
             yield from self._check_live(name, directory)
         except OSError as error:
             if directory.exists():  # else it was removed just now
-                yield _unreadable(name, directory, error)
+                yield unreadable(name, directory, error)
             return
         if not path.exists() and directory.exists():
             todo = "put the file back from a backup"
@@ -332,7 +325,7 @@ class _Check:
         try:
             fd = self._fs.open_file(path, os.O_RDONLY)
         except (OSError, StorageError) as error:
-            yield _unreadable(name, path, error)
+            yield unreadable(name, path, error)
             return
         try:
             self._fs.lock(fd, path, name, shared=True)  # it is not removed while it is read
@@ -357,7 +350,7 @@ class _Check:
         except FileNotFoundError:
             return  # it was removed just now
         except OSError as error:
-            yield _unreadable(name, path, error)
+            yield unreadable(name, path, error)
             return
         if not os.path.lexists(path) and directory.exists():
             yield Finding(
@@ -371,27 +364,11 @@ class _Check:
     # Both
 
     def _check_delta(self, name: str, path: Path, words: str, *, sealed: bool = False) -> Iterator[Finding]:
-        try:
-            fd = self._fs.open_file(path, os.O_RDONLY)
-        except FileNotFoundError:
-            return  # it was removed just now
-        except (OSError, StorageError) as error:
-            yield _unreadable(name, path, error)
-            return
-        try:
-            status = self._fs.fstat(fd)
-            holder = None if sealed else self._locks.get((status.st_dev, status.st_ino))
-            problems = self._examine(fd, path, name, in_use=holder is not None, sealed=sealed)
-        except OSError as error:
-            yield _unreadable(name, path, error)
-            return
-        finally:
-            self._fs.close(fd)
-        if not problems:
-            if holder is not None:
-                yield _in_use(name, path, describe_process(holder))
-            return
-        yield from self._look_again(name, path, words, sealed)
+        def examine(fd: int, in_use: bool) -> list[Problem]:
+            return self._examine(fd, path, name, in_use=in_use, sealed=sealed)
+
+        locks = {} if sealed else self._locks
+        return Looks(self._fs, name, path, words, examine, locks, repairs=self._wishes.repair).run()
 
     def _examine(self, fd: int, path: Path, name: str, *, in_use: bool, sealed: bool) -> list[Problem]:
         examination = Examination(self._fs, fd, path, name, in_use=in_use, sealed=sealed)
@@ -401,50 +378,6 @@ class _Check:
             self._headers[name] = examination.header
         sound = not examination.problems
         return [*examination.problems, *self._examine_parent(fd, path, name, examination.header, sound)]
-
-    def _look_again(self, name: str, path: Path, words: str, sealed: bool) -> Iterator[Finding]:
-        """Something is wrong, or seemed so: now under the lock, or several times."""
-        repairs = self._wishes.repair
-        try:
-            fd = self._fs.open_file(path, os.O_RDWR if repairs else os.O_RDONLY)
-        except FileNotFoundError:
-            return  # it was removed just now
-        except (OSError, StorageError) as error:
-            yield _unreadable(name, path, error)  # or not writable: then at least it is told what is wrong
-            if not repairs:
-                return
-            fd, repairs = self._fs.open_file(path, os.O_RDONLY), False
-        try:
-            self._fs.lock(fd, path, words, shared=not repairs)
-            if not self._fs.still_there(path, self._fs.fstat(fd)):
-                return
-            yield from self._settle(fd, path, name, repairs, sealed)
-        except InUse as error:
-            yield Finding(name, "in-use", str(error), str(path), "it is not repaired while it is open", NOTE)
-            yield from self._persistent(fd, path, name, sealed)
-        except OSError as error:
-            yield _unreadable(name, path, error)
-        finally:
-            self._fs.close(fd)
-
-    def _settle(self, fd: int, path: Path, name: str, repairs: bool, sealed: bool) -> Iterator[Finding]:
-        """Under the lock: repair, and look again, until nothing is left that can be repaired."""
-        for _ in range(MAX_ROUNDS):
-            problems = self._examine(fd, path, name, in_use=False, sealed=sealed)
-            if not repairs or not any(problem.can_be_repaired for problem in problems):
-                break
-            yield from repair(self._fs, fd, path, problems)
-        yield from (problem.finding for problem in problems)
-
-    def _persistent(self, fd: int, path: Path, name: str, sealed: bool) -> Iterator[Finding]:
-        """What is there at every look at a clone that is being written."""
-        seen = {problem.finding for problem in self._examine(fd, path, name, in_use=True, sealed=sealed)}
-        for _ in range(LOOKS - 1):
-            if not seen:
-                return
-            time.sleep(PAUSE_S)
-            seen &= {problem.finding for problem in self._examine(fd, path, name, in_use=True, sealed=sealed)}
-        yield from sorted(seen, key=lambda finding: (finding.kind, finding.where))
 
     def _examine_parent(self, fd: int, path: Path, name: str, header: Header, sound: bool) -> list[Problem]:
         """Is there all that is beneath, and a base of that id, with that fingerprint? If none: one of that content?"""
@@ -487,16 +420,6 @@ def _find(records: Mapping[str, BaseRecord], header: Header) -> str | None:
     """The base of that id: of the name that the clone knows, else any."""
     fitting = [name for name, record in records.items() if record.id == header.parent_id]
     return header.parent_name if header.parent_name in fitting else next(iter(fitting), None)
-
-
-def _in_use(name: str, path: Path, holder: str) -> Finding:
-    return Finding(name, "in-use", f"it is open in {holder}", str(path), "what is flushed is all right", NOTE)
-
-
-def _unreadable(name: str, path: Path, error: Exception) -> Finding:
-    reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
-    what = f"it cannot be examined: {reason}"
-    return Finding(name, "unreadable", what, str(path), "see to the disk, or to who may read and write here")
 
 
 def as_record(finding: Finding) -> dict[str, object]:

@@ -7,17 +7,14 @@ written at this moment: who calls looks again before believing it.
 from __future__ import annotations
 
 import errno
-import os
-import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nbdclone.errors import CorruptDelta, StorageError, UnsupportedFormat
 from nbdclone.store.delta_file import (
     CHECKSUM,
-    EMPTY_BITMAP,
     EMPTY_PAGE,
     HEADER_SLOTS,
     JOURNAL,
@@ -31,25 +28,22 @@ from nbdclone.store.delta_file import (
     encode_map_page,
     file_size,
 )
+from nbdclone.store.delta_map import segments_with_data
 from nbdclone.store.finding import NOTE, WRONG, Finding, Problem, Range
-from nbdclone.store.fs import FileSystem, data_and_holes, seek_extent
+from nbdclone.store.fs import FileSystem, data_and_holes
 from nbdclone.store.journal import recorded_blocks
 from nbdclone.store.layer import (
     BLOCK_SIZE,
     BLOCKS_PER_SEGMENT,
-    NOWHERE,
     SECTOR_SIZE,
     SEGMENT_SIZE,
     block_count,
-    paint_bitmap,
-    paint_delta,
-    uniform,
 )
+from nbdclone.store.marked import is_marked, marked_runs
 from nbdclone.store.repair import trailing_data
 
 # What lies behind the end of a delta is kept before it is cut off, if it is no more than this.
 MAX_TRAILING = 64 << 20
-_MARKED = re.compile(rb"\x01+")
 _SLOTS = "AB"
 # In the header: sequence, id of the parent, length of its name, the name (docs/format.md).
 _SEQUENCE = struct.Struct(">Q")
@@ -175,18 +169,8 @@ class Examination:
     # The maps
 
     def _examine_maps(self, header: Header) -> None:
-        count = -(-header.size // SEGMENT_SIZE)
-        for segment in self._segments_with_data(count):
+        for segment in segments_with_data(self._fs, self._fd, header.size):
             self._examine_map(header, segment)
-
-    def _segments_with_data(self, count: int) -> Iterator[int]:
-        segment = 0
-        while segment < count:
-            found = seek_extent(self._fs, self._fd, segment * SEGMENT_SPAN, os.SEEK_DATA, segment * SEGMENT_SPAN)
-            segment = max(segment, found // SEGMENT_SPAN)
-            if segment < count:
-                yield segment
-            segment += 1
 
     def _examine_map(self, header: Header, segment: int) -> None:
         places = [segment * SEGMENT_SPAN + slot for slot in MAP_SLOTS]
@@ -418,61 +402,6 @@ class Examination:
                 raise
             return None
         return bytes(page)
-
-
-def marked_runs(bitmap: bytes) -> list[Range]:
-    """The (first, count) of each row of blocks that are marked."""
-    if bitmap == EMPTY_BITMAP:
-        return []
-    painted = paint_bitmap(uniform(NOWHERE), bitmap, 1)
-    return [(run.start(), run.end() - run.start()) for run in _MARKED.finditer(painted)]
-
-
-def read_from(fs: FileSystem, chain: Sequence[tuple[int, Header]], origin: int, ranges: Sequence[Range]) -> int:
-    """How many bytes of the ranges are read from the layer of that number: 1 for the base, 2 for the lowest delta.
-
-    ``chain`` has the descriptor and the header of each delta, from the bottom upwards. A map that is lost hides
-    nothing.
-    """
-    total = 0
-    segment, owners = -1, uniform(NOWHERE)
-    top, header = chain[-1]
-    recorded = set(recorded_blocks(fs, top, header))  # before the maps, for a writer may be at work (docs/format.md)
-    for offset, length in ranges:
-        end = min(offset + length, header.size)
-        while offset < end:
-            if offset // SEGMENT_SIZE != segment:
-                segment = offset // SEGMENT_SIZE
-                owners = uniform(1)
-                for index, (fd, delta) in enumerate(chain, start=2):
-                    bitmap = _newest_map(fs, fd, delta, segment)
-                    owners = paint_delta(segment, owners, bitmap, index, delta.overlap)
-            start = offset - segment * SEGMENT_SIZE
-            stop = min(end - segment * SEGMENT_SIZE, SEGMENT_SIZE)
-            for block in range(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE)):
-                is_own = segment * BLOCKS_PER_SEGMENT + block in recorded
-                if owners[block] == origin and (not is_own or origin == len(chain) + 1):
-                    total += min(stop, (block + 1) * BLOCK_SIZE) - max(start, block * BLOCK_SIZE)
-            offset = segment * SEGMENT_SIZE + stop
-    return total
-
-
-def is_marked(fs: FileSystem, fd: int, header: Header, block: int) -> bool:
-    """Does a page of the map have the block, by its number on the disk?"""
-    segment, within = divmod(block, BLOCKS_PER_SEGMENT)
-    return bool(_newest_map(fs, fd, header, segment)[within >> 3] & 0x80 >> (within & 7))
-
-
-def _newest_map(fs: FileSystem, fd: int, header: Header, segment: int) -> bytes:
-    page = bytearray(PAGE_SIZE)
-    maps: list[tuple[int, bytes]] = []
-    for slot in MAP_SLOTS:
-        page[:] = EMPTY_PAGE
-        fs.pread_all(fd, [page], segment * SEGMENT_SPAN + slot, PAGE_SIZE)
-        decoded = decode_map_page(bytes(page), segment, header.id)
-        if decoded:
-            maps.append(decoded)
-    return max(maps)[1] if maps else EMPTY_BITMAP
 
 
 def linked_to(fs: FileSystem, fd: int, base_id: bytes, base_name: str) -> tuple[tuple[int, bytes], ...]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nbdclone.errors import UsageError
-from nbdclone.store.delta import Delta, set_bits
+from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import EMPTY_BITMAP
 from nbdclone.store.disk import BLOCK_MASK, RUN, Chain, Era
 from nbdclone.store.fs import data_and_holes
@@ -27,6 +27,7 @@ from nbdclone.store.layer import (
     Layer,
     block_count,
     paint_delta,
+    set_bits,
     uniform,
 )
 from nbdclone.store.writing import ZERO_BLOCK, WritableDisk, pieces

@@ -9,8 +9,9 @@ close. So at rest both slots say the same, and losing either loses nothing.
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from nbdclone.store.delta_file import (
     file_size,
     read_page,
 )
-from nbdclone.store.fs import FileSystem
+from nbdclone.store.fs import FileSystem, seek_extent
 from nbdclone.store.layer import BITMAP_SIZE, BLOCK_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE, block_count, is_zero
 
 logger = logging.getLogger("nbdclone")
@@ -234,3 +235,17 @@ def cut_off(path: Path, fd: int, header: Header, fs: FileSystem) -> None:
         fs.datasync(fd)
     fs.ftruncate(fd, file_size(header.size))
     fs.sync(fd)
+
+
+def segments_with_data(fs: FileSystem, fd: int, size: int) -> Iterator[int]:
+    """The segments of a delta of ``size`` bytes for which its file has data: without any there is no map either."""
+    segment, data = 0, -1
+    while segment * SEGMENT_SIZE < size:
+        start = segment * SEGMENT_SPAN
+        if data < start:
+            data = seek_extent(fs, fd, start, os.SEEK_DATA, otherwise=start)
+        if data >= start + SEGMENT_SPAN:
+            segment = data // SEGMENT_SPAN
+            continue
+        yield segment
+        segment += 1

@@ -8,77 +8,14 @@ that has a block in which they differ: 32 MiB at most for a base of 1 TiB.
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterator
 
 from nbdclone.errors import StorageError
 from nbdclone.store.image import CHUNK_SIZE, Image, chunk_count, data_ranges, fingerprint_of, read_manifest
-from nbdclone.store.layer import (
-    BITMAP_SIZE,
-    BLOCK_SHIFT,
-    BLOCK_SIZE,
-    BLOCKS_PER_SEGMENT,
-    NOWHERE,
-    SEGMENT_SIZE,
-    Layer,
-    block_count,
-    paint_bitmap,
-    uniform,
-)
+from nbdclone.store.layer import BITMAP_SIZE, BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_SEGMENT, block_count, set_bits
 
 # Of a chunk that differs, pieces of this size are compared before their blocks are.
 PIECE_SIZE = 64 << 10
-# The blocks of a segment, a byte for each: 1 where it is among them. As the owners in a chain's map.
-NO_BLOCKS = uniform(NOWHERE)
-ALL_BLOCKS = uniform(1)
-_SET = re.compile(rb"\x01+")
-_AS_DIGITS = bytes.maketrans(b"\0\1", b"01")
-
-Bitmaps = Mapping[int, bytes]
-
-
-def blocks_in(bitmap: bytes | None) -> bytes:
-    """A byte for each block of the segment: 1 where its bit is set."""
-    return NO_BLOCKS if bitmap is None else paint_bitmap(NO_BLOCKS, bitmap, 1)
-
-
-def to_bitmap(blocks: bytes) -> bytes:
-    """The other way."""
-    return int(blocks.translate(_AS_DIGITS), 2).to_bytes(BITMAP_SIZE, "big")
-
-
-def owned_by(layers: Iterable[Layer], segment: int) -> bytes:
-    """Which blocks of the segment any of the layers holds itself. Waits for the disk."""
-    owned = NO_BLOCKS
-    for layer in layers:
-        owned = either(owned, layer.paint(segment, NO_BLOCKS, 1, nowait=False))
-    return owned
-
-
-def either(one: bytes, other: bytes) -> bytes:
-    """The blocks that are in one or the other."""
-    return _combined(int.from_bytes(one, "little") | int.from_bytes(other, "little"))
-
-
-def both(one: bytes, other: bytes) -> bytes:
-    """The blocks that are in both."""
-    return _combined(int.from_bytes(one, "little") & int.from_bytes(other, "little"))
-
-
-def without(one: bytes, other: bytes) -> bytes:
-    """The blocks of one that are not in the other."""
-    return _combined(int.from_bytes(one, "little") & ~int.from_bytes(other, "little"))
-
-
-def _combined(number: int) -> bytes:
-    return number.to_bytes(BLOCKS_PER_SEGMENT, "little")
-
-
-def runs_of(blocks: bytes, segment: int) -> Iterator[tuple[int, int]]:
-    """The (offset, length) on the disk of each run of blocks, in order."""
-    start = segment * SEGMENT_SIZE
-    for run in _SET.finditer(blocks):
-        yield start + (run.start() << BLOCK_SHIFT), (run.end() - run.start()) << BLOCK_SHIFT
 
 
 def compare_bases(old: Image, new: Image) -> Generator[tuple[int, int], None, dict[int, bytes]]:
@@ -96,21 +33,22 @@ def compare_bases(old: Image, new: Image) -> Generator[tuple[int, int], None, di
             wanted = min(max(min(base.size, end) - offset, 0), CHUNK_SIZE)
             count = base.fs.pread_all(base.fd, [buffer], offset, wanted) if wanted else 0
             buffer[count:] = bytes(CHUNK_SIZE - count)
-        if buffers[0] != buffers[1]:
-            for block in _differing_blocks(*buffers):
-                segment, within = divmod((offset >> BLOCK_SHIFT) + block, BLOCKS_PER_SEGMENT)
-                bitmap = found.setdefault(segment, bytearray(BITMAP_SIZE))
-                bitmap[within >> 3] |= 0x80 >> (within & 7)
+        for at in differing_blocks(*buffers):
+            segment, within = divmod((offset + at) >> BLOCK_SHIFT, BLOCKS_PER_SEGMENT)
+            set_bits(found.setdefault(segment, bytearray(BITMAP_SIZE)), within, within)
         yield number * CHUNK_SIZE, len(chunks) * CHUNK_SIZE
     return {segment: bytes(bitmap) for segment, bitmap in found.items()}
 
 
-def _differing_blocks(one: bytearray, other: bytearray) -> Iterator[int]:
-    for start in range(0, CHUNK_SIZE, PIECE_SIZE):
+def differing_blocks(one: bytes | bytearray, other: bytes | bytearray) -> Iterator[int]:
+    """Where the blocks begin in which two pieces of the same length differ; the last block may be partial."""
+    if one == other:
+        return
+    for start in range(0, len(one), PIECE_SIZE):
         if one[start : start + PIECE_SIZE] != other[start : start + PIECE_SIZE]:
-            for at in range(start, start + PIECE_SIZE, BLOCK_SIZE):
+            for at in range(start, min(start + PIECE_SIZE, len(one)), BLOCK_SIZE):
                 if one[at : at + BLOCK_SIZE] != other[at : at + BLOCK_SIZE]:
-                    yield at >> BLOCK_SHIFT
+                    yield at
 
 
 def _differing_chunks(old: Image, new: Image) -> list[int]:

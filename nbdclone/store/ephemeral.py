@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,12 +17,10 @@ from nbdclone.errors import NotFound, StorageError, UsageError
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem
 from nbdclone.store.names import is_name
 from nbdclone.store.places import EPHEMERAL, Places
+from nbdclone.store.records import load_record
 
 if TYPE_CHECKING:
     from nbdclone.control.verbs import Steps, Target
-
-# A mark has some 80 bytes; whatever is longer is none.
-MAX_MARK = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +39,13 @@ class Mark:
     @classmethod
     def load(cls, path: Path, fs: FileSystem = FILE_SYSTEM) -> Mark:
         """Raises NotFound, StorageError."""
-        try:
-            fd = fs.open_file(path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise NotFound(f"{path} is missing") from None
-        with open(fd, encoding="ascii") as file:
-            try:
-                read: dict[str, Any] = json.loads(file.read(MAX_MARK))
-                lifetime_s = read["lifetime_s"]
-                return cls(
-                    str(read["template"]), None if lifetime_s is None else float(lifetime_s), float(read["created"])
-                )
-            except (ValueError, KeyError, TypeError) as error:
-                raise StorageError(f"{path}: does not say how long the clone is to live ({error})") from None
+
+        def parse(read: dict[str, Any]) -> Mark:
+            lifetime_s = read["lifetime_s"]
+            lifetime_s = None if lifetime_s is None else float(lifetime_s)
+            return cls(str(read["template"]), lifetime_s, float(read["created"]))
+
+        return load_record(path, fs, "does not say how long the clone is to live", parse)
 
 
 def new_mark(template: str, lifetime_s: float | None) -> Mark:

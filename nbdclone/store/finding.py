@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -115,3 +116,10 @@ class Problem:
 
     def done(self, kept: Path | None) -> Finding:
         return replace(self.finding, repaired=True, kept=str(kept) if kept else None)
+
+
+def unreadable(name: str, path: Path, error: Exception) -> Finding:
+    """What cannot be looked at."""
+    reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
+    what = f"it cannot be examined: {reason}"
+    return Finding(name, "unreadable", what, str(path), "see to the disk, or to who may read and write here")

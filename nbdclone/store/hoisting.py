@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from nbdclone.errors import UsageError
+from nbdclone.store.block_sets import ALL_BLOCKS, NO_BLOCKS, both, either, runs_of, to_bitmap, without
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import Header, place_of
 from nbdclone.store.delta_map import DeltaMap
-from nbdclone.store.difference import ALL_BLOCKS, NO_BLOCKS, both, either, runs_of, to_bitmap, without
 from nbdclone.store.fs import FileSystem, data_and_holes
 from nbdclone.store.image import Image
 from nbdclone.store.layer import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE, paint_delta

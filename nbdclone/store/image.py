@@ -31,6 +31,7 @@ from blake3 import blake3
 from nbdclone.errors import BaseChanged, NotFound, StorageError, UnsupportedFormat
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem
 from nbdclone.store.layer import BLOCK_SIZE, BLOCKS_PER_SEGMENT, MAX_SIZE, block_count, is_zero, uniform
+from nbdclone.store.records import hex_bytes
 
 FORMAT = 1
 # Large enough that the manifest of a 1 TiB base is 8 MiB, small enough that a mismatch names a place worth naming.
@@ -121,9 +122,9 @@ class BaseRecord:
                     f"{path}: made by a newer nbdclone (format {fields['format']}, this one knows {FORMAT})"
                 )
             return cls(
-                id=_exactly(16, fields["id"]),
+                id=hex_bytes(16, fields["id"]),
                 size=int(fields["size"]),
-                fingerprint=_exactly(HASH_SIZE, fields["fingerprint"]),
+                fingerprint=hex_bytes(HASH_SIZE, fields["fingerprint"]),
                 created=int(fields["created"]),
                 source=str(fields["source"]),
                 identity=Identity(**{name: int(fields["identity"][name]) for name in Identity.__slots__}),
@@ -145,13 +146,6 @@ class BaseRecord:
 def _kept(record: BaseRecord) -> BaseRecord:
     """The record, or one like it that others hold: ten thousand clones of a base hold one."""
     return record
-
-
-def _exactly(length: int, text: str) -> bytes:
-    value = bytes.fromhex(text)
-    if len(value) != length:
-        raise ValueError(f"expected {length} bytes")
-    return value
 
 
 class Image:
@@ -372,13 +366,18 @@ def compare(
     ):
         whole.update(found)
         if found != expected:
-            offset = chunk * CHUNK_SIZE
-            length = min(CHUNK_SIZE, size - offset)
-            if differing and sum(differing[-1]) == offset:
-                offset, length = differing[-1][0], differing[-1][1] + length
-                differing.pop()
-            differing.append((offset, length))
+            append_chunk(differing, chunk, size)
     return whole.digest(), differing
+
+
+def append_chunk(ranges: list[tuple[int, int]], chunk: int, size: int) -> None:
+    """Add a chunk of ``size`` bytes of content to the (offset, length) of those before it; neighbours are one."""
+    offset = chunk * CHUNK_SIZE
+    length = min(CHUNK_SIZE, size - offset)
+    if ranges and sum(ranges[-1]) == offset:
+        offset, before = ranges.pop()
+        length += before
+    ranges.append((offset, length))
 
 
 def _verify(fd: int, name: str, directory: Path, record: BaseRecord) -> None:

@@ -65,7 +65,7 @@ def import_image(
     NotFound, InvalidImage, FileTooLarge, StorageError. The directory is the caller's to move into place or to remove.
     """
     target = directory / "image"
-    source_fd = _open(source)
+    source_fd = open_source(source)
     try:
         image_format = detect_format(source_fd)
         if image_format == "raw":
@@ -144,18 +144,22 @@ def detect_format(fd: int) -> str:
     return "raw"
 
 
-def _open(source: Path) -> int:
+def open_source(source: Path, needed: str = "") -> int:
+    """Open an image file or block device to be read. ``needed`` ends the messages: who needs it.
+
+    Raises NotFound, InvalidImage.
+    """
     try:
         # O_NONBLOCK: a FIFO is to be refused, not waited for.
         fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise NotFound(f"{source}: no such file") from None
+        raise NotFound(f"{source}: no such file{needed}") from None
     except OSError as error:
-        raise InvalidImage(f"{source} cannot be read: {os.strerror(error.errno or 0)}") from None
+        raise InvalidImage(f"{source} cannot be read: {os.strerror(error.errno or 0)}{needed}") from None
     kind = os.fstat(fd).st_mode
     if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
         os.close(fd)
-        raise InvalidImage(f"{source} is neither a file nor a block device")
+        raise InvalidImage(f"{source} is neither a file nor a block device{needed}")
     return fd
 
 

@@ -80,6 +80,22 @@ def uniform(index: int) -> bytes:
     return bytes([index]) * BLOCKS_PER_SEGMENT
 
 
+def set_bits(bitmap: bytearray, first: int, last: int) -> None:
+    """Set bits ``first`` to ``last``; bit 0 is the most significant of byte 0."""
+    if first == last:
+        bitmap[first >> 3] |= 0x80 >> (first & 7)
+        return
+    low, high = first >> 3, last >> 3
+    head = 0xFF >> (first & 7)
+    tail = 0xFF << (7 - (last & 7)) & 0xFF
+    if low == high:
+        bitmap[low] |= head & tail
+    else:
+        bitmap[low] |= head
+        bitmap[high] |= tail
+        bitmap[low + 1 : high] = b"\xff" * (high - low - 1)
+
+
 def paint_bitmap(owners: bytes, bitmap: bytes | bytearray, index: int) -> bytes:
     """Return ``owners`` with ``index`` at each block whose bit is set in ``bitmap`` (most significant bit first)."""
     mask = int.from_bytes(b"".join([_SPREAD[byte] for byte in bitmap]), "little")

@@ -19,19 +19,21 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 
-from nbdclone.errors import NotFound, StorageError, UnsupportedFormat
-from nbdclone.store.delta_file import SEGMENT_SPAN, Header, place_of
-from nbdclone.store.delta_map import DeltaMap
-from nbdclone.store.fs import FileSystem, seek_extent
+from nbdclone.errors import NotFound, UnsupportedFormat
+from nbdclone.store.delta_file import Header, place_of
+from nbdclone.store.delta_map import DeltaMap, segments_with_data
+from nbdclone.store.fs import FileSystem
 from nbdclone.store.image import (
     CHUNK_SIZE,
     HASH_SIZE,
     UNREADABLE,
     ZERO_CHUNK,
     Progress,
+    append_chunk,
     chunk_count,
     fingerprint_of,
     read_manifest,
@@ -39,6 +41,7 @@ from nbdclone.store.image import (
 )
 from nbdclone.store.layer import BITMAP_SIZE, BLOCK_SIZE, BLOCKS_PER_SEGMENT
 from nbdclone.store.places import Places
+from nbdclone.store.records import hex_bytes, load_record
 
 FORMAT = 1
 MANIFEST = "manifest"
@@ -46,8 +49,6 @@ RECORD = "layer.json"
 # Held by who adds blocks to a layer, and by who hashes it.
 WRITER = "writer"
 BLOCKS_PER_CHUNK = CHUNK_SIZE // BLOCK_SIZE
-# layer.json has some 200 bytes; whatever is longer is none.
-MAX_RECORD = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,26 +73,18 @@ class LayerRecord:
     @classmethod
     def load(cls, path: Path, fs: FileSystem) -> LayerRecord:
         """Raises NotFound, StorageError, UnsupportedFormat."""
-        try:
-            fd = fs.open_file(path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise NotFound(f"{path} is missing") from None
-        try:
-            with open(fd, encoding="ascii") as file:
-                fields = json.loads(file.read(MAX_RECORD))
+
+        def parse(fields: dict[str, Any]) -> LayerRecord:
             if int(fields["format"]) > FORMAT:
                 raise UnsupportedFormat(f"{path}: made by a newer nbdclone (format {fields['format']})")
-            record = cls(
-                bytes.fromhex(fields["id"]),
+            return cls(
+                hex_bytes(16, fields["id"]),
                 int(fields["size"]),
-                bytes.fromhex(fields["fingerprint"]),
+                hex_bytes(HASH_SIZE, fields["fingerprint"]),
                 int(fields["hashed"]),
             )
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise StorageError(f"{path}: not a layer's record ({error})") from None
-        if len(record.id) != 16 or len(record.fingerprint) != HASH_SIZE:
-            raise StorageError(f"{path}: not a layer's record (an id or a fingerprint of another length)")
-        return record
+
+        return load_record(path, fs, "not a layer's record", parse)
 
 
 def forget_manifest(places: Places, layer_id: bytes) -> None:
@@ -169,12 +162,7 @@ def differing_chunks(path: Path, size: int, hashes: list[tuple[int, bytes]]) -> 
     count = chunk_count(size)
     for chunk, (now, then) in enumerate(zip(spread(hashes, count), read_manifest(path, size), strict=True)):
         if now != then:
-            offset = chunk * CHUNK_SIZE
-            length = min(CHUNK_SIZE, size - offset)
-            if found and sum(found[-1]) == offset:
-                offset, length = found[-1][0], found[-1][1] + length
-                found.pop()
-            found.append((offset, length))
+            append_chunk(found, chunk, size)
     return found
 
 
@@ -188,15 +176,9 @@ def hash_layer(
     """
     deltas = DeltaMap(path, fd, header.id, fs)
     bits: dict[int, int] = {}  # by chunk
-    count = -(-header.size // (BLOCKS_PER_SEGMENT * BLOCK_SIZE))
-    segment = 0
-    while segment < count:
-        at = segment * SEGMENT_SPAN
-        segment = max(segment, seek_extent(fs, fd, at, os.SEEK_DATA, at) // SEGMENT_SPAN)
-        if segment < count:
-            bitmap = int.from_bytes(deltas.read(segment, nowait=False).bitmap, "big")
-            _add_bits(bits, segment * BLOCKS_PER_SEGMENT, bitmap)
-        segment += 1
+    for segment in segments_with_data(fs, fd, header.size):
+        bitmap = int.from_bytes(deltas.read(segment, nowait=False).bitmap, "big")
+        _add_bits(bits, segment * BLOCKS_PER_SEGMENT, bitmap)
     found: list[tuple[int, bytes]] = []
     for chunk in sorted(bits):
         found.append((chunk, _hash_chunk(fs, fd, chunk, bits[chunk])))

@@ -22,7 +22,7 @@ from nbdclone.store.delta_file import (
     place_of,
 )
 from nbdclone.store.fs import FileSystem
-from nbdclone.store.layer import BITMAP_SIZE, BLOCK_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE
+from nbdclone.store.layer import BITMAP_SIZE, BLOCK_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE, block_count, set_bits
 
 
 class Filled(NamedTuple):
@@ -89,14 +89,7 @@ class LayerWriter:
     def _mark(self, offset: int, length: int) -> None:
         self._offset = offset + length
         first = offset // BLOCK_SIZE - self._segment * BLOCKS_PER_SEGMENT
-        count = -(-length // BLOCK_SIZE)
-        if count == 1:
-            self._bitmap[first >> 3] |= 0x80 >> (first & 7)
-            return
-        low, high = first >> 3, -(-(first + count) // 8)
-        bits = ((1 << count) - 1) << (8 * high - first - count)
-        marked = int.from_bytes(self._bitmap[low:high], "big") | bits
-        self._bitmap[low:high] = marked.to_bytes(high - low, "big")
+        set_bits(self._bitmap, first, first + block_count(length) - 1)
 
     def _enter(self, segment: int) -> None:
         if segment != self._segment:

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbdclone.errors import InUse, StorageError, UsageError
+from nbdclone.store.block_sets import NO_BLOCKS, blocks_in, both, owned_by, runs_of, without
 from nbdclone.store.clone import COPY_SIZE, Clone
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import NO_ORIGIN, NO_PARENT, Header, change_header
-from nbdclone.store.difference import NO_BLOCKS, blocks_in, both, owned_by, runs_of, without
 from nbdclone.store.layer import BITMAP_SIZE, BLOCK_SIZE, BLOCKS_PER_SEGMENT, Layer
 from nbdclone.store.layer_manifest import adding_blocks
 from nbdclone.store.opening import open_beneath

@@ -33,6 +33,7 @@ from nbdclone.store.fs import FileSystem
 from nbdclone.store.image import BaseRecord, thaw_bases
 from nbdclone.store.locks import is_locked_directory, take
 from nbdclone.store.names import is_name, split_name
+from nbdclone.store.records import hex_bytes, load_record
 
 SETTINGS = "settings.toml"
 # The names of a clone's snapshots, in its directory; and how long it is to live, if it is not to stay.
@@ -49,8 +50,6 @@ RECEIVED_STATE = "state.json"
 KEEP_RECEIVED_S = 14 * 86400
 # What is in a pool's directory.
 ENTRIES = {"bases", "clones", "layers", SETTINGS, CONTROL_SOCKET, NEW_CONTROL_SOCKET, ".lock", ".server", ".tmp"}
-# A record of a snapshot has some 90 bytes; whatever is longer is none.
-MAX_RECORD = 4096
 
 
 class Snapshot(NamedTuple):
@@ -65,19 +64,12 @@ class Snapshot(NamedTuple):
     @classmethod
     def load(cls, path: Path, fs: FileSystem) -> Snapshot:
         """Raises NotFound, StorageError."""
-        try:
-            fd = fs.open_file(path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise NotFound(f"{path} is missing") from None
-        try:
-            with open(fd, encoding="ascii") as file:
-                read = json.loads(file.read(MAX_RECORD))
-            layer, created = bytes.fromhex(read["layer"]), int(read["created"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise StorageError(f"{path}: not a snapshot's record ({error})") from None
-        if len(layer) != 16:
-            raise StorageError(f"{path}: not a snapshot's record (an id of {len(layer)} bytes)")
-        return cls(layer, created)
+        return load_record(
+            path,
+            fs,
+            "not a snapshot's record",
+            lambda read: cls(hex_bytes(16, read["layer"]), int(read["created"])),
+        )
 
 
 def is_kept(path: Path) -> bool:
@@ -232,6 +224,21 @@ class Places:
                 if not is_kept(path) and not is_locked_directory(path, STAGING_LOCK):
                     thaw_bases(self.fs, path)
                     self.fs.remove_tree(path, ignore_errors=True)
+
+    def rename_all(self, pairs: Sequence[tuple[Path, Path]]) -> None:
+        """Rename (from, to), all or, if one fails, none. Bases that go are last, when their clones durably went."""
+        done: list[tuple[Path, Path]] = []
+        try:
+            for source, target in pairs:
+                if source.parent == self.bases:
+                    self.fs.sync_directory(self.clones)
+                self.fs.rename(source, target)
+                done.append((source, target))
+        except BaseException:
+            for source, target in reversed(done):
+                with contextlib.suppress(OSError):
+                    self.fs.rename(target, source)
+            raise
 
     @contextlib.contextmanager
     def no_space_left(self, what: str) -> Iterator[None]:

@@ -43,6 +43,13 @@ def _require_quota(quota: int | None) -> None:
         raise UsageError(f"a quota is from {BLOCK_SIZE} to {MAX_QUOTA} bytes, not {quota}")
 
 
+def _require_size(size: int, source: str, least: int) -> None:
+    if size < least:
+        raise UsageError(f"a clone of '{source}' has at least its {least} bytes, not {size}")
+    if size % SECTOR_SIZE or not MIN_SIZE <= size <= MAX_SIZE:
+        raise UsageError(f"a size is a multiple of {SECTOR_SIZE} from {MIN_SIZE} to {MAX_SIZE} bytes, not {size}")
+
+
 class Pool:
     """A pool's directory. Holds no state: what it says is what the directory says now."""
 
@@ -137,12 +144,7 @@ class Pool:
         _require_quota(quota)
         with contextlib.closing(self._open_source(source)) as parent:
             size = parent.size if size is None else size
-            if size < parent.size:
-                raise UsageError(f"a clone of '{source}' has at least its {parent.size} bytes, not {size}")
-            if size % SECTOR_SIZE or not MIN_SIZE <= size <= MAX_SIZE:
-                raise UsageError(
-                    f"a size is a multiple of {SECTOR_SIZE} from {MIN_SIZE} to {MAX_SIZE} bytes, not {size}"
-                )
+            _require_size(size, source, parent.size)
             if isinstance(parent, Image):
                 path, identity = parent.directory / "image", (parent.record.id, parent.record.fingerprint)
             else:
@@ -150,18 +152,8 @@ class Pool:
             with self.places.no_space_left("making clones"), self.places.staging() as staging:
 
                 def make(name: str) -> None:
-                    self._fs.mkdir(staging / name)
                     header = Header(uuid.uuid4().bytes, *identity, size, time.time_ns(), source, quota=quota or 0)
-                    delta = staging / name / "delta"
-                    Delta.create(delta, header, self._fs)
-                    if mark is not None:
-                        write_durably(staging / name / EPHEMERAL, mark.dump(), self._fs)
-                    if fill is not None:
-                        beneath = open_beneath(self.places, f"clone '{name}'", header)
-                        opened = Delta.open(delta, f"clone '{name}'", self._fs)
-                        with Clone(name, [*beneath, opened], self._fs) as clone:
-                            fill(clone)
-                    self._fs.sync_directory(staging / name)
+                    self._make_clone(staging / name, header, fill, mark)
 
                 self._fs.for_each(make, names)
                 with self.places.changing():
@@ -169,14 +161,29 @@ class Pool:
                     if split_name(source)[1] is not None:
                         self.places.snapshot(source)  # without a name, its layer may be about to go
                     if not self._fs.still_there(path, self._fs.fstat(parent.fd)):
-                        raise NotFound(
-                            f"'{source}' was removed just now"
-                        )  # by another machine, whose locks we do not see
+                        # By another machine, whose locks we do not see.
+                        raise NotFound(f"'{source}' was removed just now")
                     # Each is whole and durable already: a power cut in between leaves some of them, and no half one.
-                    self._rename_all([(staging / name, self._clones / name) for name in names])
+                    self.places.rename_all([(staging / name, self._clones / name) for name in names])
                 self._fs.sync_directory(self._clones)
         catalog = Catalog(self.places)
         return [info for name in names if isinstance(info := catalog.info(name), CloneInfo)]
+
+    def _make_clone(
+        self, draft: Path, header: Header, fill: Callable[[Clone], object] | None, mark: Mark | None
+    ) -> None:
+        """Fill the directory of a clone, which bears its name, and make all in it durable."""
+        self._fs.mkdir(draft)
+        Delta.create(draft / "delta", header, self._fs)
+        if mark is not None:
+            write_durably(draft / EPHEMERAL, mark.dump(), self._fs)
+        if fill is not None:
+            what = f"clone '{draft.name}'"
+            beneath = open_beneath(self.places, what, header)
+            opened = Delta.open(draft / "delta", what, self._fs)
+            with Clone(draft.name, [*beneath, opened], self._fs) as clone:
+                fill(clone)
+        self._fs.sync_directory(draft)
 
     def set_quota(self, name: str, quota: int | None) -> CloneInfo:
         """Change how many bytes a clone may take on the disk; None: no end of it.
@@ -296,16 +303,3 @@ class Pool:
         if place.parent == self._clones:
             raise UsageError(f"'{name}' is a clone: clones are made from bases and snapshots ('nbdclone snapshot')")
         return Image.open(name, place, self._fs)
-
-    def _rename_all(self, pairs: Sequence[tuple[Path, Path]]) -> None:
-        """Rename (from, to), all or, if one fails, none."""
-        done: list[tuple[Path, Path]] = []
-        try:
-            for source, target in pairs:
-                self._fs.rename(source, target)
-                done.append((source, target))
-        except BaseException:
-            for source, target in reversed(done):
-                with contextlib.suppress(OSError):
-                    self._fs.rename(target, source)
-            raise

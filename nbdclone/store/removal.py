@@ -9,11 +9,12 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nbdclone.errors import InUse, NBDCloneError, NotFound, StorageError
+from nbdclone.errors import InUse, NBDCloneError, StorageError
 from nbdclone.store.catalog import BaseInfo, Catalog, CloneInfo
 from nbdclone.store.image import thaw
 from nbdclone.store.names import split_name
 from nbdclone.store.places import SNAPSHOTS, Places
+from nbdclone.store.space import layer_needs
 
 
 def remove(places: Places, names: Sequence[str], still: Callable[[], bool] = lambda: True) -> None:
@@ -56,7 +57,7 @@ class _Removal:
                 # without a directory of our own: that would take a block, and the disk may have none.
                 found.sort(key=lambda place: place.parent == places.bases)
                 pairs = [(place, places.tmp / uuid.uuid4().hex) for place in found]
-                self._rename_all(pairs)
+                places.rename_all(pairs)
                 self._going += pairs
                 held.callback(self._discard)
                 # Before another machine takes it for what the dead have left: else a power cut may bring a name back
@@ -99,21 +100,6 @@ class _Removal:
         if self._snapshots:  # a server looks at it, and sees that there may be a layer to be merged
             with contextlib.suppress(OSError):
                 os.utime(self._places.layers)
-
-    def _rename_all(self, pairs: Sequence[tuple[Path, Path]]) -> None:
-        """Rename (from, to), all or, if one fails, none. Bases go last, when their clones durably went."""
-        done: list[tuple[Path, Path]] = []
-        try:
-            for source, target in pairs:
-                if source.parent == self._places.bases:
-                    self._fs.sync_directory(self._places.clones)
-                self._fs.rename(source, target)
-                done.append((source, target))
-        except BaseException:
-            for source, target in reversed(done):
-                with contextlib.suppress(OSError):
-                    self._fs.rename(target, source)
-            raise
 
     def _refuse_dependants(self) -> None:
         going = set(self._names)
@@ -177,22 +163,8 @@ def needed_layers(places: Places, clones: Sequence[str], *, strict: bool = False
 
     ``strict``: also where the record of a snapshot cannot be read; it may name any of them.
     """
-    needed: dict[bytes, set[str]] = {}
-    for clone in clones:
-        try:
-            header = places.header(places.delta(clone))
-        except NotFound:
-            continue
-        tops = [
-            header.parent_id,
-            header.origin,
-            *(snapshot.layer for snapshot in places.snapshots(clone, header.id, strict=strict).values()),
-        ]
-        for layer_id in tops:
-            while clone not in needed.get(layer_id, ()) and places.layer(layer_id).exists():
-                needed.setdefault(layer_id, set()).add(clone)
-                layer_id = places.header(places.layer(layer_id)).parent_id
-    return needed
+    needs = layer_needs(places, clones=clones, strict=strict)
+    return {layer_id: {split_name(name)[0] for name in names} for layer_id, names in needs.items()}
 
 
 def collect(places: Places, held: contextlib.ExitStack, going: list[tuple[Path, Path]]) -> None:

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from nbdclone.errors import UsageError
+from nbdclone.store.block_sets import NO_BLOCKS, runs_of
 from nbdclone.store.delta_file import METADATA_SIZE, SEGMENT_SPAN, place_of, read_header
 from nbdclone.store.delta_map import DeltaMap
-from nbdclone.store.difference import NO_BLOCKS, runs_of
 from nbdclone.store.fs import CANNOT_SHARE, FileSystem, data_and_holes
 from nbdclone.store.image import Image
 from nbdclone.store.layer import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_SEGMENT, paint_delta

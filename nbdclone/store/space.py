@@ -15,9 +15,9 @@ from pathlib import Path
 
 from nbdclone.errors import NBDCloneError, NotFound
 from nbdclone.store.catalog import BaseInfo, Catalog, CloneInfo
-from nbdclone.store.delta_file import METADATA_SIZE, NO_PARENT, SEGMENT_SPAN, Header, read_header
-from nbdclone.store.delta_map import DeltaMap
-from nbdclone.store.fs import FileSystem, data_and_holes, seek_extent
+from nbdclone.store.delta_file import METADATA_SIZE, NO_PARENT, Header, read_header
+from nbdclone.store.delta_map import DeltaMap, segments_with_data
+from nbdclone.store.fs import FileSystem, data_and_holes
 from nbdclone.store.layer import BLOCK_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE, block_count
 from nbdclone.store.names import split_name
 from nbdclone.store.places import SNAPSHOTS, Places
@@ -59,24 +59,41 @@ class Account:
 # What needs which layer
 
 
-def layer_needs(places: Places, instead: Mapping[str, Header] | None = None) -> dict[bytes, set[str]]:
+def layer_needs(
+    places: Places,
+    instead: Mapping[str, Header] | None = None,
+    *,
+    clones: Iterable[str] | None = None,
+    strict: bool = False,
+) -> dict[bytes, set[str]]:
     """By the id of each layer that is needed: the clones and snapshots that need it.
 
-    ``instead``: headers that these clones would have. A clone needs what is beneath it, and what it can be reset to; a
-    snapshot its layer, and what is beneath that. Raises StorageError.
+    ``instead``: headers that these clones would have. ``clones``: these alone are asked, with their snapshots. A clone
+    needs what is beneath it, and what it can be reset to; a snapshot its layer, and what is beneath that. Raises
+    StorageError; ``strict``: also where the record of a snapshot cannot be read, which may name any of them.
     """
     needed: dict[bytes, set[str]] = {}
-    parents = {layer_id: places.header(places.layer(layer_id)).parent_id for layer_id in places.layer_ids()}
-    for clone in places.names_in(places.clones):
-        with contextlib.suppress(NotFound):
+    parents: dict[bytes, bytes | None] = {}  # None: it is no layer
+
+    def parent_of(layer_id: bytes) -> bytes | None:
+        if layer_id not in parents:
+            path = places.layer(layer_id)
+            parents[layer_id] = places.header(path).parent_id if path.exists() else None
+        return parents[layer_id]
+
+    for clone in places.names_in(places.clones) if clones is None else clones:
+        try:
             own = places.header(places.delta(clone))
-            header = (instead or {}).get(clone, own)
-            tops = [(clone, header.parent_id), (clone, header.origin)]
-            tops += [(f"{clone}@{name}", found.layer) for name, found in places.snapshots(clone, own.id).items()]
-            for name, layer_id in tops:
-                while layer_id in parents and name not in needed.get(layer_id, ()):
-                    needed.setdefault(layer_id, set()).add(name)
-                    layer_id = parents[layer_id]
+        except NotFound:
+            continue
+        header = (instead or {}).get(clone, own)
+        tops = [(clone, header.parent_id), (clone, header.origin)]
+        found = places.snapshots(clone, own.id, strict=strict)
+        tops += [(f"{clone}@{name}", snapshot.layer) for name, snapshot in found.items()]
+        for name, layer_id in tops:
+            while name not in needed.get(layer_id, ()) and (parent := parent_of(layer_id)) is not None:
+                needed.setdefault(layer_id, set()).add(name)
+                layer_id = parent
     return needed
 
 
@@ -155,15 +172,10 @@ def marked_bits(fs: FileSystem, fd: int, path: Path, header: Header) -> Bits:
     """The blocks that a delta says are its own. Raises CorruptDelta, OSError."""
     pages = DeltaMap(path, fd, header.id, fs)
     found: Bits = {}
-    data = -1  # where there is some; a segment without has no map either
-    for segment in range(-(-header.size // SEGMENT_SIZE)):
-        start = segment * SEGMENT_SPAN
-        if data < start:
-            data = seek_extent(fs, fd, start, os.SEEK_DATA, otherwise=start)
-        if data < start + SEGMENT_SPAN:
-            bits = int.from_bytes(pages.read(segment, nowait=False).bitmap, "big") & first_bits(header.size, segment)
-            if bits:
-                found[segment] = bits
+    for segment in segments_with_data(fs, fd, header.size):
+        bits = int.from_bytes(pages.read(segment, nowait=False).bitmap, "big") & first_bits(header.size, segment)
+        if bits:
+            found[segment] = bits
     return found
 
 

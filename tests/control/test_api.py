@@ -28,8 +28,8 @@ from nbdclone.control import api as api_module
 from nbdclone.control import clients as clients_module
 from nbdclone.control.address import connect, listen
 from nbdclone.control.api import Api
-from nbdclone.control.client import Control, name_the_connected, run_verb
-from nbdclone.errors import ConnectionFailed, InUse, NBDCloneError
+from nbdclone.control.client import Control, run_verb
+from nbdclone.errors import ConnectionFailed, NBDCloneError
 from nbdclone.server.tls import ServerTLS
 from nbdclone.store.pool import Pool
 
@@ -293,13 +293,12 @@ async def test_who_is_connected_is_known_wherever_its_export_and_its_tls_are(poo
         assert [client["uid"] for client in web1] == [None, os.geteuid()]
         assert [client["user"] is not None for client in web1] == [False, True]
         assert [client["tls"] for client in exports["web2"]["clients"]] == ["TLSv1.3"] * 2
-        error = await asyncio.to_thread(name_the_connected, pool.path, InUse("it is in use"), ["web1"])
-        tcp_client, unix_client = str(error).removeprefix("it is in use; connected: ").split(", ")
+        told = clients_module.name_clients("it is in use", list(exports.values()), ["web1"])
+        tcp_client, unix_client = told.removeprefix("it is in use; connected: ").split(", ")
         assert re.fullmatch(r"127\.0\.0\.1:\d+ under TLSv1\.3 since \d{4}-\S+ \S+", tcp_client)
         who = rf"unix uid {os.geteuid()} pid {os.getpid()} \(\w+\)"
         assert re.fullmatch(rf"{who} since \d{{4}}-\S+ \S+", unix_client)
-        other = await asyncio.to_thread(name_the_connected, pool.path, InUse("it is in use"), ["base"])
-        assert str(other) == "it is in use"
+        assert clients_module.name_clients("it is in use", list(exports.values()), ["base"]) == "it is in use"
         answer = await ask(pool, "DELETE", "/v1/entries/web2")
         assert answer.status == 409
         assert re.search("clone 'web2' is in use by process .*; connected: 127", answer.json["error"]["message"])

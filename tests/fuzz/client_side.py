@@ -18,7 +18,7 @@ from nbdclone.protocol.client_handshake import (
     Ready,
     Refused,
 )
-from nbdclone.protocol.handshake import Aborted, StartTLS
+from nbdclone.protocol.handshake_events import Aborted, StartTLS
 from nbdclone.protocol.pending import Completed
 from nbdclone.protocol.transmission import ClientTransmission
 from nbdclone.protocol.wire import ExportInfo, Mode

@@ -17,15 +17,8 @@ from nbdclone.errors import RemoteProtocolError
 from nbdclone.protocol import wire
 from nbdclone.protocol.block_status import merged, parse_status_filter, status_chunk
 from nbdclone.protocol.client_handshake import ClientHandshake, Opened, Refused
-from nbdclone.protocol.handshake import (
-    AHEAD_OF_TLS,
-    FindSnapshots,
-    ListExports,
-    OpenExport,
-    ServerHandshake,
-    StartTLS,
-    TLSMode,
-)
+from nbdclone.protocol.handshake import AHEAD_OF_TLS, ServerHandshake
+from nbdclone.protocol.handshake_events import FindSnapshots, ListExports, OpenExport, StartTLS, TLSMode
 from nbdclone.protocol.pending import Completed
 from nbdclone.protocol.requests import Request, request_layout
 from nbdclone.protocol.transmission import (

@@ -8,17 +8,8 @@ from feeding import TLS_BEGINS, Choices, Cut, agree, text
 from nbdclone.errors import RemoteProtocolError
 from nbdclone.protocol import wire
 from nbdclone.protocol.block_status import parse_status_filter
-from nbdclone.protocol.handshake import (
-    AHEAD_OF_TLS,
-    Event,
-    FindSnapshots,
-    ListExports,
-    OpenExport,
-    Purpose,
-    ServerHandshake,
-    StartTLS,
-    TLSMode,
-)
+from nbdclone.protocol.handshake import AHEAD_OF_TLS, ServerHandshake
+from nbdclone.protocol.handshake_events import Event, FindSnapshots, ListExports, OpenExport, Purpose, StartTLS, TLSMode
 from nbdclone.protocol.requests import MAX_BURST, Request, request_layout
 from nbdclone.protocol.transmission import request_error
 from nbdclone.protocol.wire import ExportInfo, Mode, transmission_flags

@@ -13,7 +13,8 @@ import wirebytes as w
 from nbdclone.errors import RemoteProtocolError
 from nbdclone.protocol import wire
 from nbdclone.protocol.client_handshake import ClientHandshake, ExportList
-from nbdclone.protocol.handshake import ListExports, ServerHandshake
+from nbdclone.protocol.handshake import ServerHandshake
+from nbdclone.protocol.handshake_events import ListExports
 from nbdclone.protocol.pending import Completed
 from nbdclone.protocol.requests import Request, request_layout
 from nbdclone.protocol.transmission import ClientTransmission

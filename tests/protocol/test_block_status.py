@@ -12,7 +12,8 @@ from nbdclone.errors import LocalProtocolError, RemoteProtocolError
 from nbdclone.protocol import block_status, wire
 from nbdclone.protocol.block_status import CONTEXTS, merged, parse_status_filter, status_chunk, status_filter
 from nbdclone.protocol.client_handshake import ClientHandshake, ContextsSet, Opened, Ready, Refused
-from nbdclone.protocol.handshake import FindSnapshots, OpenExport, ServerHandshake
+from nbdclone.protocol.handshake import ServerHandshake
+from nbdclone.protocol.handshake_events import FindSnapshots, OpenExport
 from nbdclone.protocol.pending import Completed
 from nbdclone.protocol.transmission import ClientTransmission
 from nbdclone.protocol.wire import ExportInfo, Mode, transmission_flags

@@ -18,7 +18,8 @@ from nbdclone.protocol.client_handshake import (
     Ready,
     Refused,
 )
-from nbdclone.protocol.handshake import Aborted, ListExports, OpenExport, Purpose, ServerHandshake
+from nbdclone.protocol.handshake import ServerHandshake
+from nbdclone.protocol.handshake_events import Aborted, ListExports, OpenExport, Purpose
 from nbdclone.protocol.wire import ExportInfo, Mode, TransmissionFlag, transmission_flags
 
 EXPORTS = {

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from nbdclone.errors import RemoteProtocolError
 from nbdclone.protocol import wire
 from nbdclone.protocol.client_handshake import ClientHandshake, ContextsSet, ExportDescribed, ExportList, Ready, Refused
-from nbdclone.protocol.handshake import FindSnapshots, ListExports, OpenExport, ServerHandshake
+from nbdclone.protocol.handshake import ServerHandshake
+from nbdclone.protocol.handshake_events import FindSnapshots, ListExports, OpenExport
 from nbdclone.protocol.pending import Completed
 from nbdclone.protocol.requests import Request, request_layout
 from nbdclone.protocol.transmission import ClientTransmission, request_error

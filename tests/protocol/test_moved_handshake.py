@@ -10,15 +10,8 @@ import wirebytes as w
 
 from nbdclone.errors import LocalProtocolError, RemoteProtocolError
 from nbdclone.protocol import wire
-from nbdclone.protocol.handshake import (
-    FindSnapshots,
-    ListExports,
-    OpenExport,
-    Purpose,
-    ServerHandshake,
-    StartTLS,
-    TLSMode,
-)
+from nbdclone.protocol.handshake import ServerHandshake
+from nbdclone.protocol.handshake_events import FindSnapshots, ListExports, OpenExport, Purpose, StartTLS, TLSMode
 from nbdclone.protocol.wire import ExportInfo, transmission_flags
 
 INFO = ExportInfo("web1", 10 << 20, transmission_flags(False), "the first web server")

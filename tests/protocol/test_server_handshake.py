@@ -10,7 +10,8 @@ import wirebytes as w
 
 from nbdclone.errors import LocalProtocolError, RemoteProtocolError
 from nbdclone.protocol import wire
-from nbdclone.protocol.handshake import Aborted, Event, ListExports, Negotiated, OpenExport, Purpose, ServerHandshake
+from nbdclone.protocol.handshake import ServerHandshake
+from nbdclone.protocol.handshake_events import Aborted, Event, ListExports, Negotiated, OpenExport, Purpose
 from nbdclone.protocol.wire import ExportInfo, Mode, TransmissionFlag, transmission_flags
 
 WEB1 = ExportInfo("web1", 10 << 20, transmission_flags(False), "the first web server")
@@ -361,7 +362,7 @@ def test_a_refused_go_leaves_haggling_usable() -> None:
     server.refuse_export("there is no nobody")
     assert replies(server) == [(w.GO, w.UNKNOWN, b"there is no nobody")]
     ask(server, w.GO, w.export_request(b"web1"))
-    server.refuse_export("going down", wire.NBD_REP_ERR_SHUTDOWN)
+    server.refuse_export("going down", wire.OptionReply.ERR_SHUTDOWN)
     assert only_reply(server) == (w.GO, w.SHUTDOWN)
     ask(server, w.GO, w.export_request(b"web1"))
     server.accept_export(WEB1)

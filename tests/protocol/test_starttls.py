@@ -7,16 +7,8 @@ import wirebytes as w
 
 from nbdclone.errors import LocalProtocolError, RemoteProtocolError
 from nbdclone.protocol.client_handshake import ClientHandshake, ExportDescribed, Opened, Ready, Refused
-from nbdclone.protocol.handshake import (
-    Aborted,
-    Event,
-    ListExports,
-    OpenExport,
-    Purpose,
-    ServerHandshake,
-    StartTLS,
-    TLSMode,
-)
+from nbdclone.protocol.handshake import ServerHandshake
+from nbdclone.protocol.handshake_events import Aborted, Event, ListExports, OpenExport, Purpose, StartTLS, TLSMode
 from nbdclone.protocol.wire import ExportInfo, Mode, transmission_flags
 
 WEB1 = ExportInfo("web1", 10 << 20, transmission_flags(False))

@@ -30,7 +30,8 @@ from checked import (
 
 from nbdclone.errors import BaseChanged, NBDCloneError, NotFound
 from nbdclone.store import image as image_module
-from nbdclone.store.check import LOOKS, check_pool, is_clean
+from nbdclone.store.check import check_pool, is_clean
+from nbdclone.store.check_looks import LOOKS
 from nbdclone.store.delta_file import MAP_SLOTS
 from nbdclone.store.fs import FileSystem
 from nbdclone.store.image import CHUNK_SIZE, BaseRecord, Identity, take_samples

@@ -15,7 +15,7 @@ from mutation import mutate
 from powercut import DELTA_PATH, open_clone, read_sectors, simulated_disk
 from simulated import SECTOR, File, SimulatedFileSystem
 
-from nbdclone.store.check_delta import Examination, read_from
+from nbdclone.store.check_delta import Examination
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import (
@@ -40,6 +40,7 @@ from nbdclone.store.journal import (
     recorded_blocks,
 )
 from nbdclone.store.layer import BLOCK_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE
+from nbdclone.store.marked import read_from
 from nbdclone.store.repair import repair
 
 DELTA_ID = b"I" * 16

@@ -19,6 +19,7 @@ from simulated import SECTOR
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import MAP_SLOTS, METADATA_SIZE, encode_map_page
+from nbdclone.store.delta_flush import DurableDelta
 from nbdclone.store.delta_map import DeltaMap
 from nbdclone.store.journal import Journal
 from nbdclone.store.layer import BITMAP_SIZE, BLOCK_SIZE, SEGMENT_SIZE
@@ -125,7 +126,7 @@ MUTATIONS = {
     "the newest page is written over": Mutation(DeltaMap, "written", "state.slot = 1 - state.slot", "pass"),
     "the older page is believed": Mutation(DeltaMap, "read", "max(valid)", "min(valid)"),
     "a new delta takes its file for synced": Mutation(
-        Delta, "__init__", "self._unsynced = True", "self._unsynced = False"
+        DurableDelta, "__init__", "self._unsynced = True", "self._unsynced = False"
     ),
     "a flush that failed forgets its blocks": Mutation(
         Delta, "_flush", "self._map.dirty |= noted.keys()\n", "pass\n"

@@ -15,7 +15,7 @@ import pytest
 from nbdclone.control.local import LocalOpened, LocalTarget
 from nbdclone.control.verbs import drive, find_verb
 from nbdclone.errors import InUse, NBDCloneError, NotFound, StorageError, UsageError
-from nbdclone.store import difference
+from nbdclone.store import block_sets, difference
 from nbdclone.store.catalog import CloneInfo
 from nbdclone.store.check import check_pool, is_clean
 from nbdclone.store.clone import Clone
@@ -490,7 +490,7 @@ def test_the_difference_of_two_bases_is_that_of_their_blocks(empty_pool: Pool, m
     found = {
         (offset + at) // BLOCK_SIZE
         for segment, bitmap in bitmaps.items()
-        for offset, length in difference.runs_of(difference.blocks_in(bitmap), segment)
+        for offset, length in block_sets.runs_of(block_sets.blocks_in(bitmap), segment)
         for at in range(0, length, BLOCK_SIZE)
     }
     assert found == blocks
@@ -510,11 +510,11 @@ def test_chunks_with_the_same_hash_are_not_read(empty_pool: Pool, monkeypatch: p
 def test_a_bitmap_and_the_blocks_in_it_are_the_same() -> None:
     rng = random.Random(7)
     bitmap = rng.randbytes(4064)
-    blocks = difference.blocks_in(bitmap)
-    assert difference.to_bitmap(blocks) == bitmap
+    blocks = block_sets.blocks_in(bitmap)
+    assert block_sets.to_bitmap(blocks) == bitmap
     assert set(blocks) == {0, 1}
-    assert sum(length for _, length in difference.runs_of(blocks, 2)) == blocks.count(1) * BLOCK_SIZE
-    assert next(difference.runs_of(difference.ALL_BLOCKS, 2)) == (2 * SEGMENT_SIZE, SEGMENT_SIZE)
+    assert sum(length for _, length in block_sets.runs_of(blocks, 2)) == blocks.count(1) * BLOCK_SIZE
+    assert next(block_sets.runs_of(block_sets.ALL_BLOCKS, 2)) == (2 * SEGMENT_SIZE, SEGMENT_SIZE)
 
 
 def test_a_move_is_the_same_in_a_file_and_a_damaged_one_is_not_believed(tmp_path: Path) -> None:
