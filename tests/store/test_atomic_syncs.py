@@ -27,7 +27,7 @@ from test_atomic import copy
 from nbdclone.control.local import LocalTarget
 from nbdclone.control.verbs import drive, find_verb
 from nbdclone.errors import NBDCloneError
-from nbdclone.store.delta_file import MAP_MAGIC, MAP_SLOTS, NO_PARENT, PAGE_SIZE, decode_map_page
+from nbdclone.store.delta_file import MAP_SLOTS, NO_PARENT, PAGE_SIZE, decode_map_page
 from nbdclone.store.layer import BLOCK_SIZE
 from nbdclone.store.merging import find_merges
 from nbdclone.store.pool import Pool
@@ -86,7 +86,7 @@ class Verb(NamedTuple):
     run: Callable[[Pool], object]
     look: Callable[[Pool, bool], None]
     prepare: Callable[[Pool], object] = lambda pool: None
-    rots: bool = False  # it reads the same if one of the two copies of a page rots besides
+    rots: bool = False  # it reads the same if the newer of the two copies of a page rots besides
 
 
 def run(pool: Pool, verb: str, **arguments: object) -> None:
@@ -260,15 +260,15 @@ class TellingFileSystem(ShadowFileSystem):
 
 
 def rot_a_copy(tree: Tree, rng: random.Random) -> None:
-    """Of one delta, let one of the two copies of its first page rot, if both are whole; now and then of none."""
-    pool = tree.directory("pool")
-    found = [node for name in ("clones", "layers") for node in _deltas(pool.entries[name])]
-    if not found or rng.random() < 0.3:
+    """Of one delta, let the newer of the two copies of its first page rot, if both are whole; now and then of none."""
+    found = [node for name in ("clones", "layers") for node in _deltas(tree.directory("pool").entries[name])]
+    if not found or rng.random() < 0.2:
         return
     delta = rng.choice(sorted(found, key=lambda node: node.inode))
     pages = [delta.read(slot, PAGE_SIZE) for slot in MAP_SLOTS]
-    if all(page[:4] == MAP_MAGIC and decode_map_page(page, 0, page[24:32]) for page in pages):
-        delta.write(rng.choice(MAP_SLOTS) + PAGE_SIZE // 2, b"rot")
+    read = [decode_map_page(page, 0, page[24:32]) for page in pages]
+    if read[0] and read[1]:
+        delta.write(MAP_SLOTS[read[1] > read[0]] + PAGE_SIZE // 2, b"rot")
 
 
 def _deltas(directory: File | Directory) -> Iterator[File]:
