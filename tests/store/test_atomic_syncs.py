@@ -34,8 +34,8 @@ from nbdclone.store.pool import Pool
 from nbdclone.store.resizing import resize
 
 STATES_PER_STEP = int(os.environ.get("SYNC_STATES_PER_STEP", "20"))
-# Up to the next sync, which covers the same: there it is seen, in one state of some fifty.
-STATES_AFTER_IGNORED = 10 * STATES_PER_STEP
+# Up to the next sync, which covers the same: there it is seen, in one state of a hundred or so.
+STATES_AFTER_IGNORED = 20 * STATES_PER_STEP
 SECTORS = BLOCK_SIZE // 512
 # Its bit stands in another sector of the page than those of the first blocks.
 FAR = 4000
