@@ -22,12 +22,13 @@ from nbdclone.store.ephemeral import Mark
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem, write_durably
 from nbdclone.store.image import Image, Progress
 from nbdclone.store.importing import import_image
-from nbdclone.store.layer import BLOCK_SIZE, MAX_SIZE, MIN_SIZE, SECTOR_SIZE
+from nbdclone.store.layer import BLOCK_SIZE
 from nbdclone.store.locks import mount_of, require_locks
 from nbdclone.store.names import split_name, validate_name, validate_snapshot_name
 from nbdclone.store.opening import open_beneath, open_disk
 from nbdclone.store.places import ENTRIES, EPHEMERAL, Places
 from nbdclone.store.removal import remove
+from nbdclone.store.resizing import create_over, require_size
 from nbdclone.store.sealed import Sealed
 from nbdclone.store.since import snapshots_beneath
 from nbdclone.store.snapshots import go_back, take_snapshot
@@ -139,10 +140,7 @@ class Pool:
             size = parent.size if size is None else size
             if size < parent.size:
                 raise UsageError(f"a clone of '{source}' has at least its {parent.size} bytes, not {size}")
-            if size % SECTOR_SIZE or not MIN_SIZE <= size <= MAX_SIZE:
-                raise UsageError(
-                    f"a size is a multiple of {SECTOR_SIZE} from {MIN_SIZE} to {MAX_SIZE} bytes, not {size}"
-                )
+            require_size(size)
             if isinstance(parent, Image):
                 path, identity = parent.directory / "image", (parent.record.id, parent.record.fingerprint)
             else:
@@ -153,7 +151,7 @@ class Pool:
                     self._fs.mkdir(staging / name)
                     header = Header(uuid.uuid4().bytes, *identity, size, time.time_ns(), source, quota=quota or 0)
                     delta = staging / name / "delta"
-                    Delta.create(delta, header, self._fs)
+                    create_over(self.places, delta, header, f"clone '{name}'")
                     if mark is not None:
                         write_durably(staging / name / EPHEMERAL, mark.dump(), self._fs)
                     if fill is not None:
