@@ -1,8 +1,8 @@
 """Law 9 for hoist: cut off anywhere, all reads as before, the same again goes on, and nothing is left for ever.
 
-``hoist --dedupe`` is not among it. It writes to no file of the pool, but for a trial with two of its own in ``.tmp``, and
-nothing that it finds out is kept: the kernel compares two ranges, and lets one have the extents of the other. Done or
-not, each file holds the same bytes; so a power cut leaves what there was (tests/store/test_sharing.py).
+``hoist --dedupe`` is not among it. It writes to no file of the pool, but for a trial with two of its own in ``.tmp``,
+and nothing that it finds out is kept: the kernel compares two ranges, and lets one have the extents of the other. Done
+or not, each file holds the same bytes; so a power cut leaves what there was (tests/store/test_sharing.py).
 """
 
 from __future__ import annotations
