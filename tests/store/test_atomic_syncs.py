@@ -1,7 +1,8 @@
 """Each sync of the verbs that move blocks, or change a header: needed, or named here with the reason why not.
 
 A sync is left out, and the power is cut before every step that follows. The disks are so large that the two copies of a
-page of the map differ in several sectors: both can be torn, where no sync comes between them.
+page of the map differ in several sectors: both can be torn, where no sync comes between them. A sync of a file in which
+nothing waits for it is passed over.
 """
 
 from __future__ import annotations
@@ -47,8 +48,6 @@ NEAR = len(BASE) * BLOCK_SIZE
 WINDOWS = [(0, NEAR), (FAR * BLOCK_SIZE, 3 * BLOCK_SIZE)]
 # In the last block of the disk; and in a block of which there are others behind it.
 WITHIN, SMALLER, LARGER = SIZE - 1024, 2 * BLOCK_SIZE - 512, SIZE + 5 * 512
-
-Content = dict[int, bytes]
 
 
 def block(kind: int, number: int) -> bytes:

@@ -203,3 +203,24 @@ def test_a_clone_that_is_reset_to_a_snapshot_has_zeros_where_the_base_goes_on(ba
     assert read(bases, "web2") == padded(content, MOST)
     bases.reset("web2")
     assert read(bases, "web2") == padded(content, MOST)
+
+
+@pytest.mark.parametrize("verb", ["flatten", "merge", "rebase", "promote"])
+def test_a_disk_that_ends_within_a_block_of_its_base_never_shows_the_rest_of_it(bases: Pool, verb: str) -> None:
+    content = smaller_than_its_base(bases)
+    if verb == "flatten":
+        run(bases, "flatten", name="web1")
+    elif verb == "merge":
+        bases.remove(["web1@s"])
+        run(bases, "merge")
+    elif verb == "rebase":
+        path = bases.path.parent / "larger.img"
+        path.write_bytes(bytes([7]) * MOST)
+        bases.import_base(path, "larger")
+        run(bases, "rebase", names=["web1"], onto="larger")
+    else:
+        run(bases, "promote", name="web1@s", new="new")
+        bases.create_clones("new", ["web2"], size=MOST)
+        assert read(bases, "web2") == padded(content, MOST)
+    resize(bases.places, "web1", MOST)
+    assert read(bases, "web1") == padded(content, MOST)
