@@ -38,6 +38,7 @@ from nbdclone.store.layer import (
     SECTOR_SIZE,
     SEGMENT_SIZE,
     block_count,
+    is_zero,
 )
 from nbdclone.store.marked import is_marked, marked_runs
 from nbdclone.store.repair import trailing_data
@@ -70,6 +71,7 @@ class Examination:
         self._sealed = sealed
         self._length = fs.fstat(fd).st_size
         self._lost: list[Range] = []
+        self._header_is_damaged = False
         self._examine_header()
         if self.header:
             self._examine_maps(self.header)
@@ -111,6 +113,7 @@ class Examination:
                 headers.append(None)
                 reasons.append(error.reason if page is not None else "it cannot be read (an error of the disk)")
         bad = [slot for slot, header in enumerate(headers) if header is None]
+        self._header_is_damaged = bool(bad)
         valid = [header for header in headers if header is not None]
         if len(bad) == 2:
             self._examine_lost_header(pages, reasons)
@@ -229,11 +232,16 @@ class Examination:
             cleared = _first_bits(bitmap, blocks)
             page = encode_map_page(segment, sequence + 1, header.id, cleared)
             beyond = sum(count - max(0, blocks - first) for first, count in runs if first + count > blocks)
+            resized = self._was_resized(header)
             self._add(
                 "marked-beyond",
-                f"{beyond} blocks beyond the end of the disk are marked in the map page of segment {segment}",
-                "they mean nothing, and --repair clears them",
+                f"{beyond} blocks beyond the end of the disk are marked in the map page of segment {segment}"
+                + (": it was made smaller, and that was cut off after it counted" if resized else ""),
+                "the next to open it clears them, and so does --repair"
+                if resized
+                else "they mean nothing, and --repair clears them",
                 at=[(places[newest], PAGE_SIZE)],
+                level=NOTE if resized else WRONG,
                 # The older slot first: until it is durable the newest page stays what it was.
                 patches=self._unless_cut(segment, [(places[1 - newest], page), (places[newest], page)]),
             )
@@ -371,8 +379,22 @@ class Examination:
                 ranges=ranges,
             )
 
+    def _was_resized(self, header: Header) -> bool:
+        """Is the file longer than it has to be, as a change of the disk's size leaves it that was cut off?
+
+        Then there may be marks and data behind the disk's end, and who opens the clone to write ends that
+        (``delta_map.cut_off``). A layer was ended before it was sealed. Where a copy of the header is damaged, it may
+        have said another size.
+        """
+        longer = self._length - file_size(header.size)
+        return longer > 0 and longer % BLOCK_SIZE == 0 and not self._sealed and not self._header_is_damaged
+
     def _examine_trailing(self, header: Header, right: int) -> None:
+        resized = self._was_resized(header)
+        level = NOTE if resized else WRONG
         what = f"the file is too long: {self._length} bytes, {right} by its header"
+        if resized:
+            what += ": a change of its size was cut off"
         at = [(right, self._length - right)]
         data = trailing_data(self._fs, self._fd, right, self._length)
         marked = any(
@@ -383,14 +405,33 @@ class Examination:
             if (page := self._page(segment * SEGMENT_SPAN + slot)) is not None
         )
         amount = sum(length for _, length in data)
-        if marked:
+        if resized and (marked or amount > MAX_TRAILING):
+            self._add("too-long", what, "it means nothing: the next to open it cuts it off", at=at, level=level)
+        elif marked:
             todo = "it has map pages of this clone behind its end: not cut off, for the disk may have been larger"
             self._add("too-long", what, todo, at=at)
         elif amount > MAX_TRAILING:
             todo = f"it means nothing, and is too much to be kept: 'truncate -s {right} {self._path}' cuts it off"
             self._add("too-long", what, todo, at=at)
         else:
-            self._add("too-long", what, "it means nothing, and --repair cuts it off", at=at, length=right)
+            todo = (
+                "the next to open it cuts it off, and so does --repair"
+                if resized
+                else ("it means nothing, and --repair cuts it off")
+            )
+            # First the rest of the last block: once the file has its length, nobody looks there any more.
+            self._add(
+                "too-long", what, todo, at=at, level=level, patches=self._rest_of_the_last_block(header), length=right
+            )
+
+    def _rest_of_the_last_block(self, header: Header) -> list[tuple[int, bytes]]:
+        """The patch that clears what is in the last block behind the end of the disk: it would show if that grew."""
+        rest = -header.size % BLOCK_SIZE
+        place = header.size + ((header.size - 1) // SEGMENT_SIZE + 1) * METADATA_SIZE
+        data = bytearray(rest)
+        if not rest or is_zero(data[: self._fs.pread_all(self._fd, [data], place, rest)]):
+            return []
+        return [(place, bytes(rest))]
 
     def _page(self, offset: int) -> bytes | None:
         """A page of the file, zeros past its end; None if the disk cannot read it."""

@@ -242,6 +242,9 @@ def _require_still_there(plan: Plan, size: int, ids: list[bytes], names: dict[by
     since = f"since '{plan.head.parent_name}', which the stream is relative to"
     way_out = "--force rolls it back"
     expected = {plan.head.parent, *(layer.id for layer in plan.head.layers)}
+    # Or on a layer beneath these, and unchanged: it was to follow, and a power cut came between the names of the
+    # snapshots and its new delta (``Receiving._follow``); or it was rolled back. It has nothing that could be lost.
+    expected.update(layer.id for layer in plan.beneath if isinstance(layer, Sealed))
     top = ids[-1] if ids else NO_PARENT
     if top not in expected:
         shown = f" (it has '{plan.clone}@{names[top]}')" if top in names else ""

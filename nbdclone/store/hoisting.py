@@ -8,7 +8,8 @@
 The blocks are found by their hashes, but nothing depends on these: the layer is made of some clone's blocks, and each
 clone is moved onto it as onto another base (:mod:`nbdclone.store.moving`), which keeps what it reads, whatever the
 layer has; then the clone gives back what is beneath it as well. Cut off, some clones are on the layer, and others are
-not; a layer that nobody stands on goes with the next removal.
+not: the same again makes a layer of what these have alike. A layer with one clone is merged into that, and one that
+nobody stands on goes, as those of snapshots that were removed.
 """
 
 from __future__ import annotations

@@ -22,12 +22,13 @@ from nbdclone.store.ephemeral import Mark
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem, write_durably
 from nbdclone.store.image import Image, Progress
 from nbdclone.store.importing import import_image
-from nbdclone.store.layer import BLOCK_SIZE, MAX_SIZE, MIN_SIZE, SECTOR_SIZE
+from nbdclone.store.layer import BLOCK_SIZE
 from nbdclone.store.locks import mount_of, require_locks
 from nbdclone.store.names import split_name, validate_name, validate_snapshot_name
 from nbdclone.store.opening import open_beneath, open_disk
 from nbdclone.store.places import ENTRIES, EPHEMERAL, Places
 from nbdclone.store.removal import remove
+from nbdclone.store.resizing import create_over, require_size
 from nbdclone.store.sealed import Sealed
 from nbdclone.store.since import snapshots_beneath
 from nbdclone.store.snapshots import go_back, take_snapshot
@@ -41,13 +42,6 @@ MAX_QUOTA = (1 << 63) - 1
 def _require_quota(quota: int | None) -> None:
     if quota is not None and not BLOCK_SIZE <= quota <= MAX_QUOTA:
         raise UsageError(f"a quota is from {BLOCK_SIZE} to {MAX_QUOTA} bytes, not {quota}")
-
-
-def _require_size(size: int, source: str, least: int) -> None:
-    if size < least:
-        raise UsageError(f"a clone of '{source}' has at least its {least} bytes, not {size}")
-    if size % SECTOR_SIZE or not MIN_SIZE <= size <= MAX_SIZE:
-        raise UsageError(f"a size is a multiple of {SECTOR_SIZE} from {MIN_SIZE} to {MAX_SIZE} bytes, not {size}")
 
 
 class Pool:
@@ -144,7 +138,9 @@ class Pool:
         _require_quota(quota)
         with contextlib.closing(self._open_source(source)) as parent:
             size = parent.size if size is None else size
-            _require_size(size, source, parent.size)
+            if size < parent.size:
+                raise UsageError(f"a clone of '{source}' has at least its {parent.size} bytes, not {size}")
+            require_size(size)
             if isinstance(parent, Image):
                 path, identity = parent.directory / "image", (parent.record.id, parent.record.fingerprint)
             else:
@@ -173,12 +169,12 @@ class Pool:
         self, draft: Path, header: Header, fill: Callable[[Clone], object] | None, mark: Mark | None
     ) -> None:
         """Fill the directory of a clone, which bears its name, and make all in it durable."""
+        what = f"clone '{draft.name}'"
         self._fs.mkdir(draft)
-        Delta.create(draft / "delta", header, self._fs)
+        create_over(self.places, draft / "delta", header, what)
         if mark is not None:
             write_durably(draft / EPHEMERAL, mark.dump(), self._fs)
         if fill is not None:
-            what = f"clone '{draft.name}'"
             beneath = open_beneath(self.places, what, header)
             opened = Delta.open(draft / "delta", what, self._fs)
             with Clone(draft.name, [*beneath, opened], self._fs) as clone:

@@ -4,6 +4,13 @@ All of it is made in a directory of ``.tmp`` (drafts.py) and synced there; only 
 was right, it gets its names: the base, the layers from the oldest, and last the clone, or the snapshots of the clone
 that is there and then its new delta. A power cut in between leaves bases and layers that nothing needs yet, or
 snapshots that the clone has not followed; the same stream, received again, takes them as they are.
+
+**Snapshots before the delta.** A snapshot that is there and that its clone does not stand on yet does no harm: each
+name appears in one rename, and its layer, with all beneath it, is durable and has its place by then; the clone reads
+as it did, from the layer that it stands on. The same stream ends it, and so does the next increment (``fitting``: a
+clone without changes may stand on any layer beneath), or a rollback to that snapshot. The other way round, the clone
+would stand on layers without names for a moment, and those are merged into what is above them: the snapshot would be
+lost, and with it what the next increment stands on.
 """
 
 from __future__ import annotations
@@ -375,7 +382,7 @@ class Receiving:
             if not (own / SNAPSHOTS).is_dir():
                 fs.mkdir(own / SNAPSHOTS)
                 fs.sync_directory(own)
-            # A power cut from here on: the clone has the new snapshots, and stands where it stood.
+            # A power cut from here on: the clone has some of the new snapshots, or all, and stands where it stood.
             self._name_snapshots(own / SNAPSHOTS, places.snapshots(plan.clone, header.id))
             clear_cut_off(places, plan.clone, header.id)
             fs.rename(new, own / "delta")

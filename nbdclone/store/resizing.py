@@ -3,14 +3,21 @@
 Larger: the file is made longer, and the header says so; at any time. Smaller: what is behind the new end is given up;
 only while nobody has the clone. Both have one commit, the header (:meth:`Delta.resize`), and what a power cut leaves of
 the rest is done by the next who opens the delta (:func:`nbdclone.store.delta_map.cut_off`).
+
+A new delta whose disk is larger than what it stands on is made with that size, and grows (:func:`create_over`).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from nbdclone.errors import UsageError
 from nbdclone.store.clone import Clone
+from nbdclone.store.delta import Delta
+from nbdclone.store.delta_file import Header
 from nbdclone.store.layer import BLOCK_SIZE, MAX_SIZE, MIN_SIZE, SECTOR_SIZE, SEGMENT_SIZE
-from nbdclone.store.opening import open_disk
+from nbdclone.store.opening import open_beneath, open_disk
 from nbdclone.store.places import Places
 from nbdclone.store.space import first_bits, marked_bits, opened
 
@@ -64,3 +71,19 @@ def resize(places: Places, name: str, size: int) -> None:
     with open_disk(places, name) as clone, places.changing():
         if size != clone.size:
             clone.resize(size)
+
+
+def create_over(places: Places, path: Path, header: Header, what: str) -> None:
+    """Make a delta without blocks, durably. What is behind the end of its parent, as far as the disk goes, is zeros.
+
+    A layer may be smaller than what it stands on: after a rebase that kept the changes, onto a larger base. Who reads
+    through the layer would see what that has behind the layer's end. The caller makes the directory entry durable.
+    Raises FileTooLarge, StorageError, OSError.
+    """
+    layer = places.layer(header.parent_id)
+    size = places.header(layer).size if layer.exists() else header.size
+    Delta.create(path, replace(header, size=min(size, header.size)), places.fs)
+    if size < header.size:
+        beneath = open_beneath(places, what, header)
+        with Clone(what, [*beneath, Delta.open(path, what, places.fs)], places.fs) as disk:
+            disk.resize(header.size)

@@ -32,6 +32,7 @@ from nbdclone.store.layer import MAX_LAYERS
 from nbdclone.store.names import validate_name
 from nbdclone.store.places import SNAPSHOTS, Places, Snapshot
 from nbdclone.store.removal import collect, needed_layers
+from nbdclone.store.resizing import create_over
 from nbdclone.store.space import freed_in, layer_needs
 
 # What a delta without blocks takes.
@@ -220,7 +221,7 @@ def go_back(places: Places, name: str, snapshot: str | None) -> None:
             header = successor(delta.header, target, shown, size=size)
             if places.layer(target).exists():  # a clone that was cut free of its base, or moved, is over it again
                 header = replace(header, fingerprint=places.header(places.layer(target)).fingerprint)
-            Delta.create(staging / "delta", header, fs)
+            create_over(places, staging / "delta", header, what)
             with places.changing():
                 _target(places, name, delta.header, snapshot)  # it may have been removed meanwhile
                 clear_cut_off(places, name, delta.header.id)

@@ -364,19 +364,13 @@ SPARE = {
     # That of layer.json: if it is lost, the next check makes it again. That of the manifest that went: it means nothing
     # without the other. Those of the map with the new block, and of its copy: nobody was told that it is there.
     "deep check": ["ID/", "ID/", "delta", "delta"],
-    # The flush of what was written before: nothing was. And the second slot of the header: the first is enough.
-    "grow": ["delta", "delta"],
-    # The same, and: the file's length, which stays; the map before its copy, and both before the file is cut (one of
-    # them is enough, and both pages differ in one sector alone); the end, which the next to open it would do again.
-    "shrink": ["delta"] * 6,
 }
 # With all of them left out the defect must be noticed.
 NEEDED_TOGETHER = {"import", "promote"}
 
 
-# The syncs of a delta that is written have tests of their own; and of those that move blocks many a sync is one of
-# several that cover the same: see below.
-WRITING = {"create filled", "flatten", "compact", "merge into a clone", "merge into a layer"}
+# Of those that write to a delta, or change its size, each sync is told in test_atomic_syncs.py.
+WRITING = {"create filled", "flatten", "compact", "merge into a clone", "merge into a layer", "grow", "shrink"}
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in WRITING])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,14 @@ from test_atomic import ALL, OTHER, WRITTEN, Operation, copy, cut_power_at_every
 from transfer import receive, sent
 
 from nbdclone.store import receiving
+from nbdclone.store.check import check_pool
+from nbdclone.store.finding import WRONG
 from nbdclone.store.pool import Pool
 
 # Receiving takes some 80 steps, and each state is looked at in some 20 ms.
 STATES_PER_STEP = int(os.environ.get("RECEIVE_STATES_PER_STEP", "2"))
 MORE = b"more" + WRITTEN[4:]
+MOST = b"most" + WRITTEN[4:]
 AWAY = OTHER[:-3] + b"end"
 
 
@@ -77,6 +80,9 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "whole.stream").write_bytes(sent(away, "far@second"))
     (root / "with_base.stream").write_bytes(sent(away, "away@first", with_base=True))
     (root / "more.stream").write_bytes(sent(away, "web1@more", since="first"))
+    write(away, "web1", b"most", 0)
+    away.snapshot("web1@most")
+    (root / "most.stream").write_bytes(sent(away, "web1@most", since="more"))
     shutil.rmtree(root / "away")
     return root
 
@@ -129,3 +135,55 @@ def test_a_power_cut_at_any_step_leaves_all_of_it_or_nothing(
     seed = int(os.environ.get("POWERCUT_SEED", "0"))
     states = cut_power_at_every_step(root, memory, OPERATIONS[name], STATES_PER_STEP, seed=seed)
     print(f"states: {states}")  # pytest -rP shows it
+
+
+def receive_again(pool: Pool) -> bytes:
+    receive_more(pool)
+    return MORE
+
+
+def receive_the_next(pool: Pool) -> bytes:
+    receive(pool, (pool.path.parent / "most.stream").read_bytes(), name="web3")
+    return MOST
+
+
+def roll_back(pool: Pool) -> bytes:
+    pool.rollback("web3@more")
+    return MORE
+
+
+def remove_the_snapshot(pool: Pool) -> bytes:
+    pool.remove(["web3@more"])
+    assert len(pool.places.layer_ids()) == 1  # that of web1@first and web3@first
+    return WRITTEN
+
+
+@pytest.mark.parametrize("go_on", [receive_again, receive_the_next, roll_back, remove_the_snapshot])
+def test_a_snapshot_that_a_power_cut_kept_its_clone_from_following_does_no_harm(
+    root: Path, memory: Path, go_on: Callable[[Pool], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is whole, a check finds nothing, and whatever is done next is as if the clone had followed."""
+    found = 0
+
+    def behind(pool: Pool) -> None:
+        nonlocal found
+        if "web3@more" not in pool.names() or read(pool, "web3") == MORE:
+            return
+        found += 1
+        wrong = [str(finding) for finding in check_pool(pool.path) if finding.level == WRONG]
+        assert not wrong, wrong
+        content = go_on(pool)
+        right = read(pool, "web3") == content and read(pool, "web3@first") == WRITTEN
+        assert right, go_on.__name__
+        if go_on is not remove_the_snapshot:
+            right = read(pool, "web3@more") == MORE
+            assert right, "web3@more"
+
+    operation = OPERATIONS["receive more"]._replace(then=behind)
+    cut_power_at_every_step(root, memory, operation, 2)
+    assert found
+
+
+def read(pool: Pool, name: str) -> bytes:
+    with pool.open_clone(name) as disk:
+        return disk.pread(disk.size, 0)
