@@ -34,7 +34,7 @@ from nbdclone.client import Client
 from nbdclone.control.client import Control
 from nbdclone.control.job import ServedTarget
 from nbdclone.control.verbs import drive, find_verb
-from nbdclone.errors import ConnectionFailed, InUse, Interrupted, NBDCloneError
+from nbdclone.errors import ConnectionFailed, Interrupted, InUse, NBDCloneError
 from nbdclone.store.check import check_pool
 from nbdclone.store.ephemeral import new_mark
 from nbdclone.store.finding import WRONG
@@ -281,8 +281,7 @@ class Pair:
         wanted = self.wanted(done)
         if {"rename", "receive"} <= done and f"{f}-c" in entries:  # renamed first, and then a clone was made of it
             wanted = self.wanted(done - {"receive"}) | {
-                name: [("old", level, None, 0, 0)]
-                for name, level in ((f"{f}-c", "T"), (f"{f}-c@r", "T"))
+                name: [("old", level, None, 0, 0)] for name, level in ((f"{f}-c", "T"), (f"{f}-c@r", "T"))
             }
         if entries.keys() != wanted.keys():
             raise Wrong(f"{sorted(done)} done: names {sorted(entries.keys() ^ wanted.keys())}")
@@ -313,9 +312,7 @@ class Pair:
         now = ("Q", writer, writer.acknowledged, writer.begun)
         then = ("Q", writer, self.least, writer.begun)
         back = [
-            (level, None, 0, 0)
-            for name, level in (("rollback", "S"), ("reset", "B"), ("receive", "T"))
-            if name in done
+            (level, None, 0, 0) for name, level in (("rollback", "S"), ("reset", "B"), ("receive", "T")) if name in done
         ]
         new = ["new"] if "rebase-keep" in done else ["old"]
         either = ["old", *(["new"] if done & {"rebase-keep", "rebase"} else [])]
