@@ -31,7 +31,7 @@ from typing import Any
 from integration.pairmodel import LARGER, SIZE, SMALLER, Disks, Writer, Wrong, make_bases, written
 from integration.served import Served, served
 from nbdclone.client import Client
-from nbdclone.control.client import Control
+from nbdclone.control.client import Control, set_aside
 from nbdclone.control.job import ServedTarget
 from nbdclone.control.verbs import drive, find_verb
 from nbdclone.errors import ConnectionFailed, Interrupted, InUse, NBDCloneError
@@ -53,7 +53,7 @@ LONGEST_DELAY_S = 0.05
 @dataclass(frozen=True)
 class Verb:
     """``arguments`` of a family's name and of the verb's number in the pair. ``quiet``: works only while nobody is
-    connected; ``bare``: on a clone without a snapshot.
+    connected; ``bare``: on a clone without a snapshot, and then its sibling is one of the base, too.
     """
 
     verb: str
@@ -87,10 +87,10 @@ VERBS: dict[str, Verb] = {
     ),
     "rename-snapshot": Verb("rename", lambda f, n: {"old": f"{f}-c@s", "new": f"{f}-c@t{n}"}),
     "rename-base": Verb("rename", lambda f, n: {"old": f"{f}-b", "new": f"{f}-a{n}"}),
-    "rm": Verb("rm", lambda f, n: {"names": [f"{f}-c"]}, quiet=True),
+    "rm": Verb("rm", lambda f, n: {"names": [f"{f}-c"]}, quiet=True, bare=True),
     "rm-snapshot": Verb("rm", lambda f, n: {"names": [f"{f}-c@s"]}),
     "rm-sibling": Verb("rm", lambda f, n: {"names": [f"{f}-d"]}, quiet=True),
-    "hoist": Verb("hoist", lambda f, n: {"base": f"{f}-b"}),
+    "hoist": Verb("hoist", lambda f, n: {"base": f"{f}-b"}, bare=True),
     "merge": Verb("merge", lambda f, n: {}),
     "clone": Verb("clone", lambda f, n: {"source": f"{f}-c@s", "names": [f"{f}-e{n}"]}),
     "clone-base": Verb("clone", lambda f, n: {"source": f"{f}-b", "names": [f"{f}-e{n}"]}),
@@ -98,6 +98,8 @@ VERBS: dict[str, Verb] = {
     "quota": Verb("quota", lambda f, n: {"name": f"{f}-c", "quota": (n + 1) << 30}),
     "keep": Verb("keep", lambda f, n: {"name": f"{f}-c"}),
     "send": Verb("send", lambda f, n: {"name": f"{f}-c@s"}, changes=False),
+    "diff": Verb("diff", lambda f, n: {"a": f"{f}-b", "b": f"{f}-c", "content": n == 0}, changes=False),
+    "diff-sibling": Verb("diff", lambda f, n: {"a": f"{f}-c", "b": f"{f}-d", "content": n == 1}, changes=False),
     "list": Verb("list", lambda f, n: {}, changes=False),
     "du": Verb("du", lambda f, n: {"names": [f"{f}-c", f"{f}-b"]}, changes=False),
     "check": Verb("check", lambda f, n: {"names": [f"{f}-c"]}, changes=False),
@@ -165,7 +167,11 @@ class Pairs:
             with Sending(places, arguments["name"]) as sending:
                 return list(sending.run(io.BytesIO()))
         if verb == "receive":
-            return list(Receiving(places, io.BytesIO(stream), force=True, **arguments).run())
+
+            def aside(clone: str) -> contextlib.AbstractContextManager[None]:
+                return set_aside(pool, clone, disconnect=False)
+
+            return list(Receiving(places, io.BytesIO(stream), force=True, aside=aside, **arguments).run())
         if self.apart or find_verb(verb).place == "worker":
             return drive(Control(pool.path).run(verb, arguments))
         return drive(find_verb(verb).begin(ServedTarget(pool), arguments))
@@ -180,6 +186,7 @@ class Pair:
         self.verbs = [VERBS[name] for name in names]
         self.quiet = any(verb.quiet for verb in self.verbs)
         self.bare = any(verb.bare for verb in self.verbs)
+        self.below = "B" if self.bare else "S"  # of the sibling
         self.disks = Disks(rng)
         self.stream = b""
         self.writers: dict[str, Writer] = {}
@@ -197,10 +204,11 @@ class Pair:
         pool.create_clones(f"{f}-b", [f"{f}-c"], fill=lambda clone: written(clone, self.disks.own["S"]), mark=mark)
         if not self.bare:
             pool.snapshot(f"{f}-c@s")
-            pool.create_clones(f"{f}-c@s", [f"{f}-d"])
+        pool.create_clones(f"{f}-b" if self.bare else f"{f}-c@s", [f"{f}-d"])
         if "hoist" in self.names:  # something that it can share, with somebody else
             pool.create_clones(f"{f}-b", [f"{f}-h"], fill=lambda clone: written(clone, self.disks.own["S"]))
         if "receive" in self.names and not self.bare:
+            # Of a snapshot that the clone had, and has no more.
             with pool.open_clone(f"{f}-c") as clone:
                 written(clone, self.disks.own["T"])
             pool.snapshot(f"{f}-c@r")
@@ -217,9 +225,7 @@ class Pair:
         await asyncio.to_thread(self.make)
         f = self.family
         async with contextlib.AsyncExitStack() as held:
-            for name, level in ((f"{f}-c", "Q"), (f"{f}-d", "S")):
-                if name.endswith("d") and self.bare:
-                    continue
+            for name, level in ((f"{f}-c", "Q"), (f"{f}-d", self.below)):
                 writer = Writer(self.disks.content("old", level), random.Random(self.rng.random()))
                 self.writers[name] = writer
                 client = await held.enter_async_context(await Client.connect(self.uri(name)))
@@ -337,9 +343,9 @@ class Pair:
                 found[f"{f}-p{number}"] = sealed if whole else [("old", "S", None, 0, 0)]
             if f"clone{number}" in names:
                 found[f"{f}-e{number}"] = [("old", "S" if self.names[number] == "clone" else "B", None, 0, 0)]
-        if not self.bare and "rm-sibling" not in done:
+        if "rm-sibling" not in done:
             sibling = self.writers[f"{f}-d"]
-            found[f"{f}-d"] = [("old", "S", sibling, sibling.acknowledged, sibling.begun)]
+            found[f"{f}-d"] = [("old", self.below, sibling, sibling.acknowledged, sibling.begun)]
         if "hoist" in self.names:
             found[f"{f}-h"] = [("old", "S", None, 0, 0)]
         return found

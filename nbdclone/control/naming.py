@@ -69,6 +69,7 @@ def set_aside(target: Target, name: str, disconnect: bool = False) -> Steps:
     are sent away.
     """
     validate_name(name)
+    target.pool.require(name)
     with target.alone([name], disconnect=disconnect):
         while True:
             yield 0, 1

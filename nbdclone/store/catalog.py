@@ -106,6 +106,7 @@ class Catalog:
         self._bases: dict[bytes, str] | None = None
         self._named: dict[bytes, str] | None = None
         self._headers: dict[bytes, Header | None] = {}  # of layers
+        self._needed: set[bytes] = set()  # the layers that were found beneath something
         self._layered = bool(self._places.layer_ids())
 
     def names(self) -> list[str]:
@@ -147,12 +148,12 @@ class Catalog:
                 names.append(owner)
         bases = [self._base(name, tuple(children.get(name, ()))) for name in places.names_in(places.bases)]
         found: list[Info] = [*bases, *clones, *snapshots]
-        if self._unnamed:
-            found += [
-                self._snapshot(name, Snapshot(layer_id, 0), LayerInfo)
-                for layer_id, name in self.named.items()
-                if name == layer_id.hex()
-            ]
+        needed = set(self._needed)
+        for layer_id, name in self.named.items() if self._unnamed else ():
+            if name == layer_id.hex():
+                layer = self._snapshot(name, Snapshot(layer_id, 0), LayerInfo)
+                if layer_id in needed or not layer.error:  # else it is about to go, after its base
+                    found.append(layer)
         return sorted(found, key=lambda info: info.name)
 
     def info(self, name: str) -> Info:
@@ -258,6 +259,7 @@ class Catalog:
         while (below := self._layer(header.parent_id)) is not None and header.parent_id not in seen:
             parent = parent or self.named.get(header.parent_id)
             seen.add(header.parent_id)
+            self._needed.add(header.parent_id)
             header = below
         if header.parent_id == NO_PARENT:
             return parent, None, None

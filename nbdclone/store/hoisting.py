@@ -128,8 +128,14 @@ def hoist(
         works = [target.run("move-clone", {"name": each.name, "move": path}) for each in moving]
         yield from part(together(works), 2, 3)
         allocated = places.layer(layer.header.id).stat().st_blocks * 512
-        after = sum(places.delta(each.name).stat().st_blocks * 512 for each in candidates)
+        after = sum(_allocated(places, each.name) for each in candidates)
         return result | {"layer": allocated, "after": after + allocated}
+
+
+def _allocated(places: Places, name: str) -> int:
+    with contextlib.suppress(FileNotFoundError):  # it was removed, or renamed, just now
+        return places.delta(name).stat().st_blocks * 512
+    return 0
 
 
 def _candidates(places: Places, base: Image, held: contextlib.ExitStack) -> list[_Candidate]:

@@ -137,3 +137,21 @@ def test_a_clone_that_leaves_a_snapshot_while_that_goes_to_another_base_stays_re
     assert read(pool, "web1") == read(pool, "web1@one") == content
     assert pool.info("web1@one").error is None
     assert is_clean(list(check_pool(pool.path)))
+
+
+def test_a_layer_whose_base_has_just_gone_with_all_above_it_is_not_listed(pool: Pool) -> None:
+    pool.create_clones("base", ["web1"])
+    pool.snapshot("web1@one")
+    for place in (pool.places.clones / "web1", pool.places.bases / "base"):  # as a removal does it, the layers last
+        shutil.rmtree(place)
+    assert len(pool.places.layer_ids()) == 1
+    assert pool.entries(unnamed=True) == []
+
+
+def test_a_clone_that_is_removed_while_its_siblings_are_hoisted_is_no_error(pool: Pool) -> None:
+    pool.create_clones("base", ["web1", "web2", "web3"], fill=lambda clone: clone.pwrite(b"alike" * 20_000, 0))
+    with pool.open_clone("web3") as disk:
+        disk.pwrite(b"other" * 20_000, 0)  # is looked at, and does not move
+    target = Between(pool, "move-clone", lambda: "web3" in pool.names() and pool.remove(["web3"]))
+    found = drive(find_verb("hoist").begin(target, {"base": "base"}))
+    assert found["clones"] == ["web1", "web2"]
