@@ -101,7 +101,8 @@ class Campaign(Further):
         elif kill:
             self.counts[f"{name}, interrupted"] += 1
         else:
-            if status != 1 or len(text.strip().splitlines()) != 1:
+            # Before its one line, rebase --keep-changes warns.
+            if status != 1 or len(text.strip().splitlines()) != 1 + (name == "keep_changes"):
                 raise Wrong(f"{' '.join(args)}: status {status}: {text}")
             self.refusals[name] += 1
         if status == 0 or kill:

@@ -63,11 +63,11 @@ class Further(Plans):
 
     def plan_keep_changes(self) -> Plan:
         """What it owns stays, told by ``diff``; all else is the new base's."""
-        if (clone := self.a_quiet_clone()) is None:
+        clone, found, onto = self.a_quiet_clone(), self.listed(), self.a_base()
+        if clone is None or (old := found[clone]["base"]) not in self.fixed or old == onto:
             return None
-        old, onto = self.listed()[clone]["base"], self.a_base()
-        if old not in self.fixed or old == onto:
-            return None
+        if found[clone]["parent"] != old and self.rng.random() < 0.8:
+            return None  # its snapshots are in the way
         told = nbdclone("--pool", self.pool, "diff", old, clone, "--json", check=False)
         if told.returncode:
             return None

@@ -154,9 +154,7 @@ def _candidates(places: Places, base: Image, held: contextlib.ExitStack) -> list
     return found
 
 
-def _find(
-    candidates: Sequence[_Candidate], least: int, fs: FileSystem
-) -> Generator[tuple[int, int], None, _Found]:
+def _find(candidates: Sequence[_Candidate], least: int, fs: FileSystem) -> Generator[tuple[int, int], None, _Found]:
     """Choose the blocks, behind the end of the base too. Reads what at least ``least`` clones own, once."""
     found = _Found()
     whole = max(each.size for each in candidates) // BLOCK_SIZE
