@@ -66,7 +66,7 @@ class Campaign(Further):
         names = [
             "snapshot", "snapshot", "snapshot", "rm", "rm", "clone", "rollback", "reset", "promote", "flatten",
             "rebase", "compact", "resize", "rename", "du", "diff", "send",
-            "shrink", "keep_changes", "hoist", "backup", "backup", "keep",
+            "shrink", "keep_changes", "hoist", "backup", "backup", "backup", "keep",
         ]  # fmt: skip
         name = self.rng.choice(names)
         plan = getattr(self, f"plan_{name}")()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,16 @@ class Further(Plans):
 
     def plan_backup(self) -> Plan:
         """Send to a file; then receive it in the other pool, which may be killed, and goes on then."""
-        if (snapshot := self.a_snapshot()) is None:
+        later = [name for name in sorted(self.fixed) if self._is_later(name)]
+        snapshot = self.rng.choice(later) if later and self.rng.random() < 0.8 else self.a_snapshot()
+        if snapshot is None:
             return None
         if len(self.backups) >= MOST_BACKUPS:
             shutil.rmtree(self.other)
             self.backups, self._backed_up = {}, {}
         clone, _, last = snapshot.partition("@")
+        if clone in self._backed_up and not self._is_later(snapshot):
+            return None
         there, since = self._backed_up.get(clone, (self.fresh("b"), ""))
         stream = self.directory / self.fresh("stream")
         how = ["--from", since] if since else ["--with-base"]
@@ -126,6 +131,11 @@ class Further(Plans):
 
         return ["send", snapshot, *how, "-o", str(stream)], expect
 
+    def _is_later(self, name: str) -> bool:
+        """Is it a snapshot of a clone that has an earlier one in the other pool? Names are numbered."""
+        clone, _, snapshot = name.partition("@")
+        return bool(snapshot) and clone in self._backed_up and int(snapshot[1:]) > int(self._backed_up[clone][1][1:])
+
     async def _receive(self, stream: Path, there: str, *, whole: bool) -> bool:
         """Is it there in the end? One that was killed goes on from where it was, by a token, or with all of it."""
         options = ["--name", there, *(["--base-name", f"{there}-base"] if whole else ["--force"])]
@@ -137,7 +147,7 @@ class Further(Plans):
         if killed := self.rng.random() < 0.5:
             await asyncio.wait([ending], timeout=self.rng.random() * LONGEST_TO_KILL_S)
             if killed := process.returncode is None:
-                process.kill()
+                process.send_signal(self.rng.choice([signal.SIGKILL, signal.SIGINT]))  # who is told to, keeps what came
         _, said = await ending
         if killed and process.returncode:
             self.counts["receive, killed"] += 1
