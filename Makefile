@@ -9,8 +9,9 @@ STAMP := $(VENV)/.installed
 FUZZ_SECONDS ?= 180
 KILLS ?= 300
 LIFECYCLE_SECONDS ?= 600
+PAIRS_SECONDS ?= 600
 
-.PHONY: help demo test packages lint types unit integration bench powercut powerlog kills lifecycle flips traces fuzz format clean
+.PHONY: help demo test packages lint types unit integration bench powercut powerlog kills lifecycle pairs flips traces fuzz format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p; s/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -60,6 +61,9 @@ powerlog: $(STAMP) ## the same in a guest's ext4, from the log of its disk; docs
 
 lifecycle: $(STAMP) ## random verbs under writers, servers killed in their midst, LIFECYCLE_SECONDS; docs/lifecycle.md
 	$(BIN)/python -m integration.lifecycle --seconds $(LIFECYCLE_SECONDS) $(ARGS)
+
+pairs: $(STAMP) ## every two verbs at once on the same clone, again and again, PAIRS_SECONDS; docs/lifecycle.md
+	$(BIN)/python -m integration.pairs --seconds $(PAIRS_SECONDS) $(ARGS)
 
 kills: $(STAMP) ## a server killed KILLS times under writing clients; docs/durability.md has what it gave
 	KILLS=$(KILLS) $(BIN)/pytest -rP integration/test_kill.py

@@ -20,89 +20,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
-from integration.lifemodel import SECTOR, SECTORS, SIZE, WINDOWS, WRITERS, CloneModel, Wrong, on_disk, place
-from integration.served import COMMAND, ENVIRONMENT, Served, make_pool, nbdclone, served
-from nbdclone.client import Client
-from nbdclone.errors import NBDCloneError
+from integration.lifefurther import Further
+from integration.lifemodel import Wrong
+from integration.served import COMMAND, ENVIRONMENT, nbdclone, served
 
 MOST_VERBS = 6  # in a round
-MOST_CLONES = 6
-MOST_SNAPSHOTS = 8
-MOST_BASES = 4
 WRITTEN_TO = 3  # clones that have clients, in a round
-WRITE_PAUSE_S = 0.002
 LONGEST_TO_KILL_S = 1.2  # after a command was started; it takes half a second until it has asked the server
 VERB_S = 120.0
-MIB = 1 << 20
-
-Expect = Callable[[bool], Coroutine[Any, Any, None]]
 
 
-class Campaign:
-    def __init__(self, directory: Path, seed: int) -> None:
-        self.directory, self.seed = directory, seed
-        self.rng = random.Random(seed)
-        self.pool = directory / "pool"
-        self.fixed: dict[str, bytes] = {}
-        """Bases and snapshots: what they read."""
-        self.clones: dict[str, CloneModel] = {}
-        self.counts: Counter[str] = Counter()
-        self.refusals: Counter[str] = Counter()
-        self.history: list[str] = []
-        self._number = 10
-        self._server: Served | None = None
-        self._writers: dict[str, list[asyncio.Task[None]]] = {}
-
-    def fresh(self, kind: str) -> str:
-        self._number += 1
-        return f"{kind}{self._number}"
-
-    # The pool at the start
-
-    def make(self) -> None:
-        images = []
-        content = self.rng.randbytes(SECTORS * SECTOR)
-        for number in range(2):
-            if number:  # the update: some of it is otherwise
-                changed = bytearray(content)
-                for _ in range(20):
-                    sector = self.rng.randrange(SECTORS - 16)
-                    changed[sector * SECTOR : (sector + 16) * SECTOR] = self.rng.randbytes(16 * SECTOR)
-                content = bytes(changed)
-            images.append(self.directory / f"image{number}")
-            with open(images[-1], "wb") as file:
-                file.truncate(SIZE)
-                for window, (offset, length) in enumerate(WINDOWS):
-                    file.seek(offset)
-                    file.write(content[window * length : (window + 1) * length])
-            self.fixed[f"base{number}"] = content
-        make_pool(self.pool, images[0], "c1", "c2", "c3", base="base0")
-        nbdclone("--pool", self.pool, "import", images[1], "--name", "base1")
-        for name in ("c1", "c2", "c3"):
-            self.clones[name] = CloneModel(self.fixed["base0"], self.fixed["base0"], SIZE)
-
-    # Reading, and comparing
-
-    def listed(self) -> dict[str, dict[str, Any]]:
-        def flat(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            return [each for entry in entries for each in (entry, *flat(entry["children"]))]
-
-        entries = json.loads(nbdclone("--pool", self.pool, "tree", "--json").stdout)
-        return {entry["name"]: entry for entry in flat(entries)}
-
-    async def read(self, name: str) -> bytes:
-        assert self._server is not None
-        async with await Client.connect(self._server.uri(name)) as client:
-            return b"".join([await client.pread(length, offset) for offset, length in WINDOWS])
+class Campaign(Further):
+    """Rounds of verbs and kills."""
 
     async def require_all(self) -> None:
         """Every name is there, and reads as it has to; clones' contents are known from here on."""
         found = self.listed()
+        self.require_ephemeral(found)
         if found.keys() != self.fixed.keys() | self.clones.keys():
             raise Wrong(f"names: {sorted(found.keys() ^ (self.fixed.keys() | self.clones.keys()))}")
         for name, entry in found.items():
@@ -123,45 +59,6 @@ class Campaign:
             model.known(now)
             self.counts["compared"] += 1
 
-    # Clients
-
-    async def write(self, name: str, model: CloneModel, writer: int, seed: int) -> None:
-        """Write, zero and trim until the connection goes."""
-        rng = random.Random(seed)
-        journal = model.journals[writer]
-        assert self._server is not None
-        with contextlib.suppress(NBDCloneError, OSError):
-            async with await Client.connect(self._server.uri(name)) as client:
-                while True:
-                    sector, count = place(rng, writer)
-                    chance = rng.random()
-                    data = bytes(count * SECTOR) if chance < 0.2 else rng.randbytes(8) * (count * SECTOR // 8)
-                    journal.begin(sector, data)
-                    if chance < 0.1:
-                        await client.trim(len(data), on_disk(sector))
-                    elif chance < 0.2:
-                        await client.zero(len(data), on_disk(sector))
-                    else:
-                        await client.pwrite(data, on_disk(sector), fua=chance > 0.97)
-                    journal.acknowledge()
-                    self.counts["writes"] += 1
-                    if rng.random() < 0.02:
-                        await client.flush()
-                    await asyncio.sleep(rng.random() * WRITE_PAUSE_S)
-
-    def connect(self, name: str) -> None:
-        model = self.clones[name]
-        self._writers[name] = [
-            asyncio.create_task(self.write(name, model, writer, self.rng.getrandbits(32))) for writer in range(WRITERS)
-        ]
-
-    async def disconnected(self, name: str) -> None:
-        """Its clients are gone, or are told to go."""
-        for task in self._writers.pop(name, ()):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-
     # Verbs
 
     async def verb(self, kill: str | None) -> None:
@@ -169,6 +66,7 @@ class Campaign:
         names = [
             "snapshot", "snapshot", "snapshot", "rm", "rm", "clone", "rollback", "reset", "promote", "flatten",
             "rebase", "compact", "resize", "rename", "du", "diff", "send",
+            "shrink", "keep_changes", "hoist", "backup", "backup", "backup", "keep",
         ]  # fmt: skip
         name = self.rng.choice(names)
         plan = getattr(self, f"plan_{name}")()
@@ -203,232 +101,12 @@ class Campaign:
         elif kill:
             self.counts[f"{name}, interrupted"] += 1
         else:
-            if status != 1 or len(text.strip().splitlines()) != 1:
+            # Before its one line, rebase --keep-changes warns.
+            if status != 1 or len(text.strip().splitlines()) != 1 + (name == "keep_changes"):
                 raise Wrong(f"{' '.join(args)}: status {status}: {text}")
             self.refusals[name] += 1
         if status == 0 or kill:
             await expect(status == 0)
-
-    def a_clone(self) -> str:
-        return self.rng.choice(sorted(self.clones))
-
-    def a_snapshot(self) -> str | None:
-        found = sorted(name for name in self.fixed if "@" in name)
-        return self.rng.choice(found) if found else None
-
-    def a_base(self) -> str:
-        return self.rng.choice(sorted(name for name in self.fixed if "@" not in name))
-
-    async def frozen(self, name: str, clone: str, least: list[int]) -> None:
-        """A snapshot or base of a clone that is written to: what it reads can be that, and stays."""
-        model = self.clones[clone]
-        most = model.begun()
-        now = await self.read_anyhow(name)
-        try:
-            model.require(now, least, most)
-        except Wrong as error:
-            raise Wrong(f"{name}, made of {clone}: {error}") from None
-        self.fixed[name] = now
-
-    async def read_anyhow(self, name: str) -> bytes:
-        """Read an entry, whether there is a server or not."""
-        if self._server is not None and not self._server.was_killed:
-            return await self.read(name)
-        done = await asyncio.to_thread(
-            subprocess.run, [*COMMAND, "--pool", str(self.pool), "export", name, "-"], env=ENVIRONMENT,
-            check=True, capture_output=True,
-        )  # fmt: skip
-        return b"".join(done.stdout[offset : offset + length] for offset, length in WINDOWS)
-
-    def there(self, name: str) -> bool:
-        return name in self.listed()
-
-    def plan_snapshot(self) -> tuple[list[str], Expect] | None:
-        clone = self.a_clone()
-        if sum("@" in name for name in self.fixed) >= MOST_SNAPSHOTS:
-            return None
-        name = f"{clone}@{self.fresh('s')}"
-        least = self.clones[clone].acknowledged()
-
-        async def expect(done: bool) -> None:
-            if done or await asyncio.to_thread(self.there, name):
-                await self.frozen(name, clone, least)
-
-        return ["snapshot", name], expect
-
-    def plan_promote(self) -> tuple[list[str], Expect] | None:
-        if sum("@" not in name for name in self.fixed) >= MOST_BASES:
-            return None
-        snapshot = self.a_snapshot() if self.rng.random() < 0.5 else None
-        source = snapshot or self.a_clone()
-        new = self.fresh("base")
-        least = self.clones[source].acknowledged() if snapshot is None else []
-
-        async def expect(done: bool) -> None:
-            if not done and not await asyncio.to_thread(self.there, new):
-                return
-            if snapshot is None:
-                await self.frozen(new, source, least)
-            else:
-                self.fixed[new] = self.fixed[snapshot]
-
-        return ["promote", source, new], expect
-
-    def plan_clone(self) -> tuple[list[str], Expect] | None:
-        if len(self.clones) >= MOST_CLONES:
-            return None
-        source = self.a_snapshot() or self.a_base()
-        name = self.fresh("c")
-
-        async def expect(done: bool) -> None:
-            entry = (await asyncio.to_thread(self.listed)).get(name)
-            if done or entry:
-                assert entry is not None
-                self.clones[name] = CloneModel(self.fixed[source], self.fixed[source], entry["size"])
-
-        return ["clone", source, name], expect
-
-    def plan_rm(self) -> tuple[list[str], Expect] | None:
-        snapshot = self.a_snapshot()
-        names = (
-            [snapshot] if snapshot and self.rng.random() < 0.8 else [self.rng.choice([self.a_clone(), self.a_base()])]
-        )
-        if names[0] in self.clones and len(self.clones) <= 2:
-            return None
-        if names[0] in self.clones and self.rng.random() < 0.5:
-            names += [name for name in self.fixed if name.startswith(f"{names[0]}@")]
-
-        async def expect(done: bool) -> None:
-            found = await asyncio.to_thread(self.listed)
-            gone = [name for name in names if name not in found]
-            if done and len(gone) < len(names):
-                raise Wrong(f"rm {names}: {set(names) - set(gone)} is still there")
-            for name in gone:
-                await self.disconnected(name)
-                self.clones.pop(name, None)
-                self.fixed.pop(name, None)
-                for snapshot in [each for each in self.fixed if each.startswith(f"{name}@")]:
-                    del self.fixed[snapshot]
-
-        return ["rm", *names], expect
-
-    def plan_rollback(self) -> tuple[list[str], Expect] | None:
-        if (snapshot := self.a_snapshot()) is None:
-            return None
-        return ["rollback", snapshot, "--disconnect"], self._went_back(snapshot.partition("@")[0], [snapshot])
-
-    def plan_reset(self) -> tuple[list[str], Expect] | None:
-        clone = self.a_clone()
-        return ["reset", clone, "--disconnect"], self._went_back(clone, [])
-
-    def _went_back(self, clone: str, to: list[str]) -> Expect:
-        async def expect(done: bool) -> None:
-            await self.disconnected(clone)
-            model = self.clones[clone]
-            now = await self.read_anyhow(clone)
-            # A reset goes to what it was made from, or to the base that it was moved to.
-            bases = [content for name, content in self.fixed.items() if "@" not in name]
-            if now in ([self.fixed[name] for name in to] or [model.origin, *bases]):
-                model.known(now)
-            elif done:
-                raise Wrong(f"{clone} did not go back to {to or 'what it was made from'}")
-            else:
-                model.require(now, model.acknowledged(), model.begun())
-                model.known(now)
-            model.size = (await asyncio.to_thread(self.listed))[clone]["size"]
-
-        return expect
-
-    async def same(self, done: bool) -> None:
-        """Nothing reads otherwise than before; that is looked at at the start of each round."""
-
-    def plan_flatten(self) -> tuple[list[str], Expect]:
-        return ["flatten", self.a_clone()], self.same
-
-    def plan_compact(self) -> tuple[list[str], Expect]:
-        return ["compact", self.a_clone(), "--online"], self.same
-
-    def plan_du(self) -> tuple[list[str], Expect]:
-        return ["du"], self.same
-
-    def plan_rebase(self) -> tuple[list[str], Expect]:
-        clone = self.a_clone()
-        base = self.listed()[clone]["base"]
-        alike = [name for name, entry in self.listed().items() if entry["kind"] == "clone" and entry["base"] == base]
-        names = alike if self.rng.random() < 0.7 and base else [clone]
-        return ["rebase", *names, "--onto", self.a_base()], self.same
-
-    def plan_resize(self) -> tuple[list[str], Expect]:
-        clone = self.a_clone()
-        size = self.clones[clone].size + self.rng.randint(1, 8) * 4096
-
-        async def expect(done: bool) -> None:
-            found = (await asyncio.to_thread(self.listed))[clone]["size"]
-            if found not in ((size,) if done else (size, self.clones[clone].size)):
-                raise Wrong(f"{clone} has {found} bytes after resize {size}")
-            self.clones[clone].size = found
-
-        return ["resize", clone, str(size)], expect
-
-    def plan_rename(self) -> tuple[list[str], Expect]:
-        old = self.rng.choice([*self.clones, *self.fixed])
-        clone, _, _ = old.partition("@")
-        new = f"{clone}@{self.fresh('s')}" if "@" in old else self.fresh("c" if old in self.clones else "base")
-
-        async def expect(done: bool) -> None:
-            found = await asyncio.to_thread(self.listed)
-            if new not in found:
-                if done:
-                    raise Wrong(f"rename: there is no {new}")
-                return
-            await self.disconnected(old)
-            if old in self.clones:
-                self.clones[new] = self.clones.pop(old)
-                for name in [each for each in self.fixed if each.startswith(f"{old}@")]:
-                    self.fixed[f"{new}@{name.partition('@')[2]}"] = self.fixed.pop(name)
-            else:
-                self.fixed[new] = self.fixed.pop(old)
-
-        return ["rename", old, new, "--disconnect"], expect
-
-    def plan_diff(self) -> tuple[list[str], Expect]:
-        return ["diff", self.a_base(), self.rng.choice(sorted(self.fixed)), "--content"], self.same
-
-    def plan_send(self) -> tuple[list[str], Expect] | None:
-        """Through a file, and back into the pool by another name: the command's status is that of both."""
-        if (snapshot := self.a_snapshot()) is None or len(self.clones) >= MOST_CLONES:
-            return None
-        stream, name = self.directory / self.fresh("stream"), self.fresh("c")
-
-        async def expect(done: bool) -> None:
-            if not done:
-                stream.unlink(missing_ok=True)
-                return
-            received = await asyncio.to_thread(
-                nbdclone, "--pool", self.pool, "receive", stream, "--name", name, check=False
-            )
-            stream.unlink()
-            text = received.stderr.strip()
-            self.history.append(f"receive {snapshot} as {name}: {received.returncode} {text}")
-            if received.returncode:
-                if (self._server is not None and self._server.was_killed) or len(text.splitlines()) == 1:
-                    self.refusals["receive"] += 1
-                    return
-                raise Wrong(f"receive: {text}")
-            self.counts["receive"] += 1
-            found = await asyncio.to_thread(self.listed)
-            content = self.fixed[snapshot]
-            self.clones[name] = CloneModel(content, content, found[name]["size"])
-            for each in found[name]["snapshots"]:
-                full = each if "@" in each else f"{name}@{each}"
-                self.fixed[full] = await self.read_anyhow(full)
-            last = f"{name}@{snapshot.partition('@')[2]}"
-            if self.fixed[last] != content:
-                raise Wrong(f"{last} was received otherwise than {snapshot}")
-            # What lies beneath has its name in the stream only where it had one: its origin is not told here.
-            self.clones[name].origin = content
-
-        return ["send", snapshot, "-o", str(stream)], expect
 
     # Rounds
 
@@ -437,6 +115,8 @@ class Campaign:
             await self.require_all()
             for name in self.rng.sample(sorted(self.clones), min(WRITTEN_TO, len(self.clones))):
                 self.connect(name)
+            if self.rng.random() < 0.5:
+                await self.ask_for_one()
             for _ in range(self.rng.randint(1, MOST_VERBS)):
                 await self.verb("command" if self.rng.random() < 0.15 else None)
                 if self.rng.random() < 0.5:
@@ -459,6 +139,7 @@ class Campaign:
         said = await asyncio.to_thread(nbdclone, "--pool", self.pool, "check", check=False)
         if said.returncode or not said.stdout.endswith("all is well\n"):
             raise Wrong(f"check: {said.stdout}{said.stderr}")
+        await self.require_backups()
         self.counts["rounds"] += 1
 
 

@@ -32,6 +32,17 @@ def on_disk(sector: int) -> int:
     return WINDOWS[window][0] + position
 
 
+def cut(content: bytes, size: int) -> bytes:
+    """What is left of the windows on a disk that was made so small: zeros behind its end."""
+    inside = [max(min(length, size - offset), 0) for offset, length in WINDOWS]
+    first = 0
+    parts = []
+    for (_, length), count in zip(WINDOWS, inside, strict=True):
+        parts.append(content[first : first + count].ljust(length, b"\0"))
+        first += length
+    return b"".join(parts)
+
+
 def place(rng: random.Random, writer: int) -> tuple[int, int]:
     """Where a writer may write: (first sector, how many). Never across the two windows."""
     half = SECTORS // 2

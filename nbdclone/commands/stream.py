@@ -8,12 +8,15 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Annotated
+from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 
 from nbdclone.commands.common import Json, app, open_pool, print_json, progress_bar, show_size
-from nbdclone.errors import UsageError
+from nbdclone.errors import InUse, UsageError
+
+if TYPE_CHECKING:
+    from nbdclone.store.pool import Pool
 
 
 @app.command()
@@ -65,6 +68,9 @@ def receive(
     force: Annotated[
         bool, typer.Option("--force", help="Roll a clone back that was changed since what the stream stands on.")
     ] = False,
+    disconnect: Annotated[
+        bool, typer.Option("--disconnect", help="Send away the clients of a clone that is added to.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="The whole stream again: keep what came of it before.")
     ] = False,
@@ -79,7 +85,8 @@ def receive(
     """Make a clone of a stream of 'send', or bring one up to date. All of it arrives, or nothing."""
     from nbdclone.store.receiving import Receiving
 
-    places = open_pool(create=not (token or forget)).places
+    pool = open_pool(create=not (token or forget))
+    places = pool.places
     if token:
         _print_tokens(as_json)
         return
@@ -90,7 +97,10 @@ def receive(
         print_json({"removed": count}) if as_json else print(f"{count} stream(s) that had been cut off: removed")
         return
     with _read(file) as source:
-        receiving = Receiving(places, source, name=name, base_name=base_name, force=force, resume=resume)
+        receiving = Receiving(
+            places, source, name=name, base_name=base_name, force=force, resume=resume,
+            aside=lambda clone: _aside(pool, clone, disconnect=disconnect),
+        )  # fmt: skip
         with progress_bar(f"receiving {receiving.head.title}") as progress:
             _follow(receiving.run(), progress)
     made = receiving.result
@@ -113,23 +123,29 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Say where B may differ from A: offset, length, and what B has there (data or zero). From the maps alone."""
-    from nbdclone.store.changes import changed_extents
+    from nbdclone.control.client import run_verb
 
-    pool = open_pool()
+    with progress_bar(f"comparing {a} and {b}") as progress:
+        found = run_verb(open_pool(), "diff", {"a": a, "b": b, "content": content}, progress)
+    if as_json:
+        print_json(found)
+        return
+    for extent in found["extents"]:
+        print(extent["offset"], extent["length"], extent["kind"])
+
+
+@contextlib.contextmanager
+def _aside(pool: Pool, clone: str, *, disconnect: bool) -> Iterator[None]:
+    """Nobody has the clone, which is to be another: its clients would see their disk change under them."""
+    from nbdclone.control.client import set_aside
+
     with contextlib.ExitStack() as held:
-        before = held.enter_context(pool.open_clone(a))
-        after = before if a == b else held.enter_context(pool.open_clone(b))
-        changes = changed_extents(before, after, content=content)
-        if not as_json:
-            for change in changes:
-                print(change.offset, change.length, "zero" if change.zero else "data")
-            return
-        extents = [
-            {"offset": change.offset, "length": change.length, "kind": "zero" if change.zero else "data"}
-            for change in changes
-        ]
-        changed = sum(extent["length"] for extent in extents if isinstance(extent["length"], int))
-        print_json({"a": a, "b": b, "size": after.size, "changed": changed, "extents": extents})
+        try:
+            held.enter_context(set_aside(pool, clone, disconnect=disconnect))
+        except InUse as error:
+            way_out = "" if disconnect else "; 'receive --disconnect' sends clients away"
+            raise InUse(f"{error}: what is received would change the disk under them{way_out}") from None
+        yield
 
 
 def _print_tokens(as_json: bool) -> None:

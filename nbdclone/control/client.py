@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -120,3 +122,18 @@ def run_verb(pool: Pool, verb: str, arguments: Arguments, progress: OnProgress |
     control = Control.of(pool.path)
     steps = control.run(verb, arguments) if control else known.begin(LocalTarget(pool), arguments)
     return drive(steps, progress)
+
+
+@contextlib.contextmanager
+def set_aside(pool: Pool, name: str, *, disconnect: bool) -> Iterator[None]:
+    """Until the end of the ``with`` no server of the pool has this clone open, and who connects to it waits.
+
+    Raises InUse that names the clients; with ``disconnect`` they are sent away.
+    """
+    control = Control.of(pool.path)
+    if control is None:
+        yield
+        return
+    with contextlib.closing(control.run("set-aside", {"name": name, "disconnect": disconnect})) as steps:
+        next(steps)
+        yield

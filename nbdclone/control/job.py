@@ -85,8 +85,8 @@ def work(pool: Path, sock: socket.socket) -> None:
         raise KeyboardInterrupt
 
     signal.signal(_SIGNAL, interrupt)
-    threading.Thread(target=wait_for_end, daemon=True).start()
     try:
+        threading.Thread(target=wait_for_end, daemon=True).start()  # it may say so at once
         steps = find_verb(wanted["verb"]).begin(ServedTarget(Pool.open(pool)), wanted["arguments"])
         result = drive(steps, report.progress)
         signal.signal(_SIGNAL, signal.SIG_IGN)  # it is done, whoever wants to know

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -10,6 +11,9 @@ from nbdclone.errors import NameTaken, UsageError
 from nbdclone.store.names import split_name, validate_name, validate_snapshot_name
 from nbdclone.store.renaming import rename
 from nbdclone.store.snapshots import go_back, look_back, take_snapshot
+
+# How soon it is noticed that nobody wants a clone to be set aside any more.
+ASIDE_S = 0.01
 
 
 def snapshot(target: Target, name: str) -> Steps:
@@ -56,6 +60,20 @@ def _go_back(target: Target, clone: str, wanted: str | None, disconnect: bool, d
         with target.alone([clone], disconnect=disconnect):
             go_back(places, clone, wanted)
     return report
+
+
+def set_aside(target: Target, name: str, disconnect: bool = False) -> Steps:
+    """Have a clone closed, and who connects wait, until this is interrupted: for who does something to its files.
+
+    Yields when it is closed, and then again and again. Raises InUse that names the clients; with ``disconnect`` these
+    are sent away.
+    """
+    validate_name(name)
+    target.pool.require(name)
+    with target.alone([name], disconnect=disconnect):
+        while True:
+            yield 0, 1
+            time.sleep(ASIDE_S)
 
 
 def rename_one(target: Target, old: str, new: str, disconnect: bool = False) -> Steps:

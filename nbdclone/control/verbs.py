@@ -175,6 +175,9 @@ VERBS: dict[str, Verb] = {
         Verb("du", "process", "nbdclone.control.space:measure"),
         Verb("hoist", "process", "nbdclone.store.hoisting:hoist"),
         Verb("rebase", "process", "nbdclone.store.rebasing:rebase"),
+        Verb("diff", "process", "nbdclone.store.differing:diff"),
+        Verb("diff-open", "worker", "nbdclone.store.differing:diff_open"),
+        Verb("set-aside", "worker", "nbdclone.control.naming:set_aside"),
         Verb("move-clone", "worker", "nbdclone.store.moving:move_clone"),
         Verb("renew-clone", "worker", "nbdclone.store.moving:renew_clone"),
     ]

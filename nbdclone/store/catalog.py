@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -18,6 +18,10 @@ from nbdclone.store.names import split_name
 from nbdclone.store.places import EPHEMERAL, Places, Snapshot
 
 Locks = Mapping[tuple[int, int], int]
+
+# What is wrong with an entry may be that it goes, or what it stands on, while it is looked at: then it is looked again,
+# so often at the most.
+LOOKS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +100,14 @@ class Catalog:
         self._unnamed = unnamed
         self._places = places
         self._fs = places.fs
+        self._forget()
+
+    def _forget(self) -> None:
         self._bases: dict[bytes, str] | None = None
         self._named: dict[bytes, str] | None = None
         self._headers: dict[bytes, Header | None] = {}  # of layers
-        self._layered = bool(places.layer_ids())
+        self._needed: set[bytes] = set()  # the layers that were found beneath something
+        self._layered = bool(self._places.layer_ids())
 
     def names(self) -> list[str]:
         """The names of all exports, sorted."""
@@ -112,6 +120,17 @@ class Catalog:
 
     def entries(self) -> list[Info]:
         """All of it, sorted by name. What is damaged is listed with its ``error``."""
+        found = self._look_at_all()
+        for _ in range(LOOKS - 1):
+            if not (wrong := _errors_of(found)):
+                break
+            self._forget()
+            found = self._look_at_all()
+            if wrong == _errors_of(found):
+                break
+        return found
+
+    def _look_at_all(self) -> list[Info]:
         places = self._places
         clones = [self._clone(name) for name in sorted(places.names_in(places.clones))]
         snapshots = [
@@ -129,16 +148,27 @@ class Catalog:
                 names.append(owner)
         bases = [self._base(name, tuple(children.get(name, ()))) for name in places.names_in(places.bases)]
         found: list[Info] = [*bases, *clones, *snapshots]
-        if self._unnamed:
-            found += [
-                self._snapshot(name, Snapshot(layer_id, 0), LayerInfo)
-                for layer_id, name in self.named.items()
-                if name == layer_id.hex()
-            ]
+        needed = set(self._needed)
+        for layer_id, name in self.named.items() if self._unnamed else ():
+            if name == layer_id.hex():
+                layer = self._snapshot(name, Snapshot(layer_id, 0), LayerInfo)
+                if layer_id in needed or not layer.error:  # else it is about to go, after its base
+                    found.append(layer)
         return sorted(found, key=lambda info: info.name)
 
     def info(self, name: str) -> Info:
         """One of them. Raises NotFound. What depends on a base is known when all clones were looked at."""
+        found = self._info(name)
+        for _ in range(LOOKS - 1):
+            if not found.error:
+                break
+            self._forget()
+            before, found = found, self._info(name)
+            if found == before:
+                break
+        return found
+
+    def _info(self, name: str) -> Info:
         if split_name(name)[1] is not None:
             return self._snapshot(name, self._places.snapshot(name))
         if self._places.place(name).parent == self._places.clones:
@@ -229,6 +259,7 @@ class Catalog:
         while (below := self._layer(header.parent_id)) is not None and header.parent_id not in seen:
             parent = parent or self.named.get(header.parent_id)
             seen.add(header.parent_id)
+            self._needed.add(header.parent_id)
             header = below
         if header.parent_id == NO_PARENT:
             return parent, None, None
@@ -270,3 +301,7 @@ class Catalog:
             return read_header(fd, str(path), self._fs), self._fs.fstat(fd)
         finally:
             self._fs.close(fd)
+
+
+def _errors_of(entries: Sequence[Info]) -> dict[str, str]:
+    return {entry.name: entry.error for entry in entries if entry.error}

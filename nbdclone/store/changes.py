@@ -7,7 +7,7 @@ layers that both stand on are looked at. So a block that was written with what i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from nbdclone.errors import UsageError
@@ -49,6 +49,11 @@ def changed_ranges(a: Sequence[Layer], b: Sequence[Layer]) -> Iterator[tuple[int
 
     Within ``b``; all of it that is behind the end of ``a`` is told. Raises UsageError if they share no layer.
     """
+    return _ranges_in(*_unshared(a, b), b[-1].size)
+
+
+def _unshared(a: Sequence[Layer], b: Sequence[Layer]) -> tuple[list[Layer], list[tuple[int, int]]]:
+    """The layers that only one has, and the ranges (start, end) in which they differ besides. Raises UsageError."""
     shared = 0
     for one, other in zip(a, b, strict=False):
         if identity_of(one) != identity_of(other):
@@ -60,7 +65,30 @@ def changed_ranges(a: Sequence[Layer], b: Sequence[Layer]) -> Iterator[tuple[int
     cut = [found for chain in (a, b) for found in cut_off(chain, shared)]
     if a[-1].size < size:
         cut.append((a[-1].size, size))
-    return _ranges_in([*a[shared:], *b[shared:]], cut, size)
+    return [*a[shared:], *b[shared:]], cut
+
+
+def changed_segments(size: int) -> range:
+    """The segments of a disk of that size, to be asked for one after the other (:func:`changed_in`)."""
+    return range(-(-size // SEGMENT_SIZE))
+
+
+def changed_in(
+    a: Sequence[Layer], b: Sequence[Layer], segment: int, *, anyhow: bool = False
+) -> Iterator[tuple[int, int]]:
+    """What :func:`changed_ranges` tells of one segment; ``anyhow``: all of it, if they share no layer.
+
+    Reads a page of each layer that they do not share, and nothing else.
+    """
+    start, size = segment * SEGMENT_SIZE, b[-1].size
+    if anyhow and identity_of(a[0]) != identity_of(b[0]):
+        yield start, min(SEGMENT_SIZE, size - start)
+        return
+    layers, further = _unshared(a, b)
+    blocks = _blocks_in(layers, further, segment)
+    for begin, length in runs_of(blocks, segment) if blocks is not NO_BLOCKS else ():
+        if begin < size:
+            yield begin, min(length, size - begin)
 
 
 def cut_off(chain: Sequence[Layer], first: int) -> Iterator[tuple[int, int]]:
@@ -105,8 +133,13 @@ def changed_extents(a: Clone, b: Clone, *, content: bool = False) -> Iterator[Ch
     With ``content``, what reads the same on both is left out; and if they have no layer in common, all of both is
     compared. Raises UsageError, OSError.
     """
+    return joined(kinds_of(b, _differing(a, b) if content else changed_ranges(a.layers, b.layers)))
+
+
+def joined(changes: Iterable[Change]) -> Iterator[Change]:
+    """The same, with neighbours that are alike as one."""
     last: Change | None = None
-    for change in _kinds_of(b, _differing(a, b) if content else changed_ranges(a.layers, b.layers)):
+    for change in changes:
         if last is not None and last.zero == change.zero and last.offset + last.length == change.offset:
             last = last._replace(length=last.length + change.length)
             continue
@@ -117,7 +150,8 @@ def changed_extents(a: Clone, b: Clone, *, content: bool = False) -> Iterator[Ch
         yield last
 
 
-def _kinds_of(disk: Clone, ranges: Iterator[tuple[int, int]]) -> Iterator[Change]:
+def kinds_of(disk: Clone, ranges: Iterable[tuple[int, int]]) -> Iterator[Change]:
+    """What the disk has in these ranges."""
     for offset, length in ranges:
         end = offset + length
         while offset < end:  # a long range is told in several answers
@@ -129,7 +163,11 @@ def _kinds_of(disk: Clone, ranges: Iterator[tuple[int, int]]) -> Iterator[Change
 def _differing(a: Clone, b: Clone) -> Iterator[tuple[int, int]]:
     """Of the ranges that may differ, the blocks that do; and what is behind the end of ``a``."""
     alike = identity_of(a.layers[0]) == identity_of(b.layers[0])
-    ranges = changed_ranges(a.layers, b.layers) if alike else iter([(0, b.size)])
+    yield from differing_in(a, b, changed_ranges(a.layers, b.layers) if alike else [(0, b.size)])
+
+
+def differing_in(a: Clone, b: Clone, ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Of these ranges of ``b``, what does not read the same in ``a``."""
     for offset, length in ranges:
         end = offset + length
         for start in range(offset, end, COMPARED_AT_ONCE):

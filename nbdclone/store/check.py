@@ -295,7 +295,7 @@ class _Check:
             return
         yield from self._check_delta(name, path, f"layer {layer_id.hex()}", sealed=True)
         self._chains.look_again(layer_id)
-        header = self._chains.headers[layer_id]
+        header = self._chains.headers.get(layer_id)
         if header is not None and header.id != layer_id:
             what = f"the delta in the place of layer {layer_id.hex()} has the id {header.id.hex()}"
             todo = "put the right one back from a backup; what is above it is refused"
@@ -381,6 +381,15 @@ class _Check:
 
     def _examine_parent(self, fd: int, path: Path, name: str, header: Header, sound: bool) -> list[Problem]:
         """Is there all that is beneath, and a base of that id, with that fingerprint? If none: one of that content?"""
+        problems = self._look_beneath(fd, path, name, header, sound)
+        if problems:  # a snapshot, a merge or another base may have come since the check began
+            self._chains.look_again_beneath(header)
+            self._base_names = sorted(filter(is_name, os.listdir(self._bases)))
+            self._records |= self._read_records()
+            problems = self._look_beneath(fd, path, name, header, sound)
+        return problems
+
+    def _look_beneath(self, fd: int, path: Path, name: str, header: Header, sound: bool) -> list[Problem]:
         beneath = self._chains.beneath(header)
         if beneath.kind:
             todo = "it is refused, and loses nothing: put the layer back from a backup"

@@ -60,10 +60,21 @@ class Chains:
             for name, snapshot in places.snapshots(clone).items():
                 self.names[snapshot.layer] = f"{clone}@{name}"
 
-    def look_again(self, layer_id: bytes) -> None:
-        self.headers[layer_id] = None
-        with contextlib.suppress(NBDCloneError, OSError):
-            self.headers[layer_id] = self._places.header(self._places.layer(layer_id))
+    def look_again(self, layer_id: bytes) -> Header | None:
+        """Its header now; without one, that it is not there, or cannot be read."""
+        self.headers.pop(layer_id, None)
+        if self._places.layer(layer_id).parent.is_dir():
+            self.headers[layer_id] = None
+            with contextlib.suppress(NBDCloneError, OSError):
+                self.headers[layer_id] = self._places.header(self._places.layer(layer_id))
+        return self.headers.get(layer_id)
+
+    def look_again_beneath(self, header: Header) -> None:
+        """What is beneath a delta may be something else than it was when the check began."""
+        for _ in range(MAX_LAYERS):
+            if (below := self.look_again(header.parent_id)) is None:
+                return
+            header = below
 
     def name(self, layer_id: bytes) -> str:
         """What findings call it: the name of the snapshot, or the id."""

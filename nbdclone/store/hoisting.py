@@ -58,6 +58,7 @@ class _Candidate:
     name: str
     fd: int
     map: DeltaMap
+    size: int
     alike: int = 0  # the same content
     owned: int = 0  # some content
     file_size: int = 0
@@ -102,7 +103,7 @@ def hoist(
         least = max(2, -(-len(candidates) // 2)) if min_clones is None else min_clones
         if least < 2:
             raise UsageError("what one clone has alone is not shared: --min-clones is 2 or more")
-        found = yield from part(_find(candidates, image, least, places.fs), 0, 3)
+        found = yield from part(_find(candidates, least, places.fs), 0, 3)
         moving = [each for each in candidates if each.alike > found.count - each.owned]
         saved = sum(each.alike - (found.count - each.owned) for each in moving) - found.count
         before = sum(each.file_size for each in candidates)
@@ -129,8 +130,14 @@ def hoist(
         works = [target.run("move-clone", {"name": each.name, "move": path}) for each in moving]
         yield from part(together(works), 2, 3)
         allocated = places.layer(layer.header.id).stat().st_blocks * 512
-        after = sum(places.delta(each.name).stat().st_blocks * 512 for each in candidates)
+        after = sum(_allocated(places, each.name) for each in candidates)
         return result | {"layer": allocated, "after": after + allocated}
+
+
+def _allocated(places: Places, name: str) -> int:
+    with contextlib.suppress(FileNotFoundError):  # it was removed, or renamed, just now
+        return places.delta(name).stat().st_blocks * 512
+    return 0
 
 
 def _candidates(places: Places, base: Image, held: contextlib.ExitStack) -> list[_Candidate]:
@@ -142,23 +149,21 @@ def _candidates(places: Places, base: Image, held: contextlib.ExitStack) -> list
         if header.parent_id == base.record.id and len(found) < 255:
             fd = places.fs.open_file(path, 0)
             held.callback(places.fs.close, fd)
-            each = _Candidate(name, fd, DeltaMap(path, fd, header.id, places.fs))
+            each = _Candidate(name, fd, DeltaMap(path, fd, header.id, places.fs), header.size)
             each.file_size = places.fs.fstat(fd).st_blocks * 512
             found.append(each)
     return found
 
 
-def _find(
-    candidates: Sequence[_Candidate], base: Image, least: int, fs: FileSystem
-) -> Generator[tuple[int, int], None, _Found]:
-    """Choose the blocks. Reads what at least ``least`` clones own, once."""
+def _find(candidates: Sequence[_Candidate], least: int, fs: FileSystem) -> Generator[tuple[int, int], None, _Found]:
+    """Choose the blocks, behind the end of the base too. Reads what at least ``least`` clones own, once."""
     found = _Found()
-    whole = base.size // BLOCK_SIZE  # of a last block that is a part of one, nobody knows the rest
+    whole = max(each.size for each in candidates) // BLOCK_SIZE
     width = max(MAX_HASHES // len(candidates), 64)
     segments = -(-whole // BLOCKS_PER_SEGMENT)
     for segment in range(segments):
         inside = min(whole - segment * BLOCKS_PER_SEGMENT, BLOCKS_PER_SEGMENT)
-        owned = [_owned(each, segment, inside) for each in candidates]
+        owned = [_owned(each, segment) for each in candidates]
         worth = _at_least(owned, least)
         for first in range(0, inside if worth != NO_BLOCKS else 0, width):
             window = NO_BLOCKS[:first] + ALL_BLOCKS[: min(width, inside - first)]
@@ -173,7 +178,9 @@ def _find(
     return found
 
 
-def _owned(each: _Candidate, segment: int, inside: int) -> bytes:
+def _owned(each: _Candidate, segment: int) -> bytes:
+    # Of a last block that is a part of one, nobody knows the rest.
+    inside = min(max(each.size // BLOCK_SIZE - segment * BLOCKS_PER_SEGMENT, 0), BLOCKS_PER_SEGMENT)
     state = each.map.read(segment, nowait=False)
     return paint_delta(segment, NO_BLOCKS, state.bitmap, 1, None)[:inside].ljust(BLOCKS_PER_SEGMENT, b"\0")
 
@@ -233,7 +240,8 @@ def _make_layer(
 ) -> Generator[tuple[int, int], None, Sealed]:
     """A layer over the base, of the blocks that were found; open as long as ``held``, so that nobody removes it."""
     fs, record = places.fs, base.record
-    header = Header(uuid.uuid4().bytes, record.id, record.fingerprint, base.size, time.time_ns(), base.name)
+    size = max(base.size, *(each.size for each in candidates))
+    header = Header(uuid.uuid4().bytes, record.id, record.fingerprint, size, time.time_ns(), base.name)
     buffer = memoryview(bytearray(READ_SIZE))
     done = 0
     with places.no_space_left(f"hoist of '{base.name}'"), places.staging() as staging:

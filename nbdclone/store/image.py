@@ -239,10 +239,11 @@ def thaw(fs: FileSystem, image: Path, name: str) -> None:
 
 
 def thaw_bases(fs: FileSystem, directory: Path) -> None:
-    """The same for all bases in a directory of ``.tmp``, as far as this user may."""
-    for image in directory.glob("*/image"):
-        with contextlib.suppress(StorageError):
-            thaw(fs, image, image.parent.name)
+    """The same for all bases in a directory of ``.tmp``, as far as this user may. It may be gone already."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for name in os.listdir(directory):
+            with contextlib.suppress(StorageError, NotADirectoryError):
+                thaw(fs, directory / name / "image", name)
 
 
 def save(path: Path, content: bytes, fs: FileSystem = FILE_SYSTEM) -> None:

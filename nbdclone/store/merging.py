@@ -59,7 +59,12 @@ def _look(places: Places) -> _Above:
     named: set[bytes] = set()
     headers: dict[str, Header] = {}
     for name in places.names_in(places.clones):
-        header = headers[name] = places.header(places.delta(name))
+        try:
+            header = headers[name] = places.header(places.delta(name))
+        except NotFound:
+            if (places.clones / name).is_dir():
+                raise
+            continue  # it was removed just now
         children.setdefault(header.parent_id, []).append((header.id, name))
         named |= {snapshot.layer for snapshot in places.snapshots(name, header.id).values()}
         named.add(header.id)

@@ -378,6 +378,8 @@ def renew_above(places: Places, path: Path, source: bytes | None, successor: byt
 def _renewed_above(
     places: Places, header: Header, source: bytes | None, successor: bytes, fingerprint: bytes
 ) -> Header:
+    if lowest_layer(places, header)[1].parent_id != successor:
+        return header  # it is not above what was moved any more: it was reset, or cut free, in between
     made_of_base = header.origin not in (NO_PARENT, NO_ORIGIN) and not places.layer(header.origin).exists()
     was = header.origin == source if source else made_of_base
     return replace(header, origin=successor if was else header.origin, fingerprint=fingerprint)

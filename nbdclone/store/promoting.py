@@ -31,7 +31,7 @@ def promote(target: Target, name: str, new: str) -> Steps:
     if snapshot is None:
         if places.place(clone).parent == places.bases:
             raise UsageError(f"'{clone}' is a base already")
-        disk = yield from _sealed(places, target, clone)
+        disk = yield from sealed(places, target, clone)
     else:
         disk = target.pool.open_clone(name)
     with disk:
@@ -40,7 +40,7 @@ def promote(target: Target, name: str, new: str) -> Steps:
     return {"kind": "base", "name": new, "source": name, "size": info.size, "allocated": info.allocated}
 
 
-def _sealed(places: Places, target: Target, clone: str) -> Generator[tuple[int, int], None, Clone]:
+def sealed(places: Places, target: Target, clone: str) -> Generator[tuple[int, int], None, Clone]:
     """What the clone is now, open. Nothing names the layer that is made for it: whatever becomes of us, it is merged
     again, and may be as soon as it is there: so that once in a while it is gone before it is opened.
     """

@@ -19,7 +19,8 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -39,6 +40,10 @@ from nbdclone.store.stream import Run, Source, StreamReader
 
 # After so much data what came is synced and noted: what a power cut may cost, of a stream that goes on.
 SYNC_EVERY = 256 << 20
+
+
+# Given the name of a clone.
+Aside = Callable[[str], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +73,8 @@ class Receiving:
 
     ``name`` is the clone's (default: as in the stream), ``base_name`` that of a base that is made. ``force``: a clone
     that has changed since is rolled back. ``resume``: what is here already of the stream is kept; so it is in any case
-    if the stream does not begin at its beginning.
+    if the stream does not begin at its beginning. ``aside`` keeps a clone that is added to closed, for the moment in
+    which it is looked at and exchanged; it raises InUse if that cannot be.
     """
 
     def __init__(
@@ -80,16 +86,19 @@ class Receiving:
         base_name: str | None = None,
         force: bool = False,
         resume: bool = False,
+        aside: Aside = lambda _name: contextlib.nullcontext(),
     ) -> None:
         """Raises InvalidStream, UsageError and its children, StorageError, OSError."""
         self._places = places
         self._force = force
+        self._aside = aside
         self._reader = StreamReader(source)
         self.head = head = self._reader.head
         self._plan = fit(places, head, name, base_name)
         try:
             if self._plan.adds:
-                require_unchanged(places, self._plan, force=force)
+                with self._aside(self._plan.clone):
+                    require_unchanged(places, self._plan, force=force)
             self._draft = Draft(places, head, resume=resume or (head.section, head.offset) > (0, 0))
         except BaseException:
             self._plan.close()
@@ -260,7 +269,8 @@ class Receiving:
         for number in range(plan.here, len(self.head.layers)):
             self._relink(number)
         own = None if plan.adds else self._make_clone()
-        with places.changing():
+        # Set aside first, as everywhere: who has the pool's lock waits for nobody who may need it.
+        with self._aside(plan.clone) if plan.adds else contextlib.nullcontext(), places.changing():
             # Again: others have made and removed what they wanted, but for what the plan holds.
             fresh = fit(places, self.head, plan.clone, plan.new_base)
             fresh.close()

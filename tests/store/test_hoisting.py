@@ -12,6 +12,7 @@ from nbdclone.control.local import LocalTarget
 from nbdclone.control.verbs import drive, find_verb
 from nbdclone.errors import NotFound, UsageError
 from nbdclone.store import hoisting
+from nbdclone.store.check import check_pool, is_clean
 from nbdclone.store.layer import BLOCK_SIZE
 from nbdclone.store.pool import Pool
 
@@ -42,7 +43,7 @@ def make_alike(pool: Pool) -> Pool:
             if name != "web4":
                 disk.pwrite(PACKAGE, 10 * BLOCK_SIZE)
             disk.pwrite(name.encode() * 1024, (100 + number) * BLOCK_SIZE)
-            disk.pwrite(b"behind the base" * 300, 300 * BLOCK_SIZE)
+            disk.pwrite(f"{name} behind the base".encode() * 300, 300 * BLOCK_SIZE)
     with pool.open_clone("web3") as disk:
         disk.pwrite(b"other", 12 * BLOCK_SIZE)
         disk.zero(14 * BLOCK_SIZE, BLOCK_SIZE)
@@ -59,6 +60,27 @@ def test_what_clones_have_alike_is_there_once_and_all_read_as_before(alike: Pool
     assert {name: read(alike, name) for name in NAMES} == before
     assert [alike.info(name).error for name in NAMES] == [None] * 4
     assert {getattr(alike.info(name), "base", None) for name in NAMES} == {"base"}
+
+
+def test_what_is_alike_behind_the_end_of_the_base_is_there_once_too(pool: Pool) -> None:
+    sizes = {"web1": 4 << 20, "web2": (2 << 20) + 3 * 512, "web3": 3 << 20}  # of web2 the last block is a part of one
+    for name, size in sizes.items():
+        pool.create_clones("base", [name], size=size)
+        with pool.open_clone(name) as disk:
+            disk.pwrite(PACKAGE, 400 * BLOCK_SIZE)
+            if name != "web2":
+                disk.pwrite(PACKAGE, 500 * BLOCK_SIZE)  # web2 ends within it
+            else:
+                disk.pwrite(PACKAGE[: size - 500 * BLOCK_SIZE], 500 * BLOCK_SIZE)
+    before, space = {name: read(pool, name) for name in sizes}, allocated(pool)
+    result = hoist(pool, min_clones=2)
+    assert result["clones"] == ["web1", "web2", "web3"]
+    assert result["layer"] >= 2 * len(PACKAGE)
+    assert space - allocated(pool) > len(PACKAGE) * 2
+    assert {name: read(pool, name) for name in sizes} == before
+    drive(find_verb("resize").begin(LocalTarget(pool), {"name": "web2", "size": 4 << 20}))
+    assert read(pool, "web2") == before["web2"] + bytes((4 << 20) - sizes["web2"])  # nothing of the layer's
+    assert is_clean(list(check_pool(pool.path, deep=True)))
 
 
 def test_a_dry_run_says_it_and_changes_nothing(alike: Pool) -> None:
