@@ -29,6 +29,7 @@ from nbdclone.store.layer import (
     paint_delta,
     uniform,
 )
+from nbdclone.store.sealed import Sealed
 from nbdclone.store.writing import ZERO_BLOCK, WritableDisk, pieces
 
 # How much is read, and written, at a time when blocks are copied up.
@@ -229,6 +230,11 @@ class Clone(WritableDisk):
             if self._chain.parent_id != delta.header.parent_id:
                 return 0  # it is being moved to another parent: what is alike here need not be alike there
             delta.begin_changes(nowait=False)
+            # A merge that was killed may have punched what is beneath, and not synced it: the zeros that are read there
+            # must be there after a power cut, too.
+            for layer in self.layers[:-1]:
+                if isinstance(layer, Sealed):
+                    self._fs.sync(layer.fd)
             beneath: dict[int, bytes] = {}
             owners: dict[int, bytearray] = {}
             given: dict[int, bytearray] = {}
@@ -265,6 +271,57 @@ class Clone(WritableDisk):
                     self._zero_blocks(at, count, nowait=False, allocate=False)
                     made += count
         return made
+
+    def begin_era(self) -> None:
+        """Leave all that the delta has durably in its map, in both slots; and count those apart who read later."""
+        with self._changing:
+            self._writable().begin_changes(nowait=False)
+            self._writable().settle_all()
+            with self._counting:
+                self._past.append(self._era)
+                self._era = Era()
+
+    def punch_hidden(self, layer: Sealed, fd: int, start: int, end: int) -> bool:
+        """Punch in the file of ``layer`` (``fd``: open for writing) what the delta hides in [start, end), durably.
+
+        False, and nothing was done: somebody still reads who began before :meth:`begin_era`. All in the range that was
+        read from the layer was the delta's by then. If anybody else has the layer open, nothing is done.
+
+        Raises OSError, CloneFailed.
+        """
+        with self._changing:
+            with self._counting:
+                self._past = [era for era in self._past if era.readers]
+                if self._past:
+                    return False
+            delta = self._writable()
+            delta.begin_changes(nowait=False)
+            # In its file before it is looked who has the layer: who opens it afterwards reads this map.
+            delta.settle_all()
+            if not layer.is_alone():
+                return True
+            while start < end:
+                segment = start // SEGMENT_SIZE
+                stop = min(end, (segment + 1) * SEGMENT_SIZE)
+                if delta.settled(segment):
+                    self._punch_owned(layer, fd, start, stop)
+                start = stop
+            self._fs.sync(fd)
+            return True
+
+    def _punch_owned(self, layer: Sealed, fd: int, start: int, end: int) -> None:
+        """The same for a range of one segment."""
+        segment = start // SEGMENT_SIZE
+        owners = bytes(self._owners_of(self._chain, segment, nowait=False))
+        first, last = (start % SEGMENT_SIZE) >> BLOCK_SHIFT, block_count(end - segment * SEGMENT_SIZE)
+        origin = segment * SEGMENT_SIZE + (segment + 1) * layer.stride
+        for run in RUN.finditer(owners, first, last):
+            if run[0][0] == self._top:
+                at, stop = (origin + (block << BLOCK_SHIFT) for block in run.span())
+                for hole, edge in list(data_and_holes(self._fs, fd, at, stop, BLOCK_SIZE)):
+                    if not hole:
+                        self._fs.punch(fd, at, edge - at)
+                    at = edge
 
     def punch_dropped(self, segment: int) -> bool:
         """Give back what space of the delta's file, in one segment, is that of blocks which are not the delta's.

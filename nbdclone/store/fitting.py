@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, field
 
-from nbdclone.errors import NameTaken, NBDCloneError, NotFound, UsageError
+from nbdclone.errors import InUse, NameTaken, NBDCloneError, NotFound, UsageError
 from nbdclone.store.changes import identity_of, owned_ranges
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import NO_PARENT, Header
@@ -124,6 +124,8 @@ def _here(places: Places, head: Head) -> tuple[int, list[Layer]]:
 def _open_layer(places: Places, layer_id: bytes) -> list[Layer] | None:
     """The chain up to that layer; None if it is not here."""
     what = f"layer {layer_id.hex()}"
+    if places.is_going(layer_id):
+        raise InUse(f"{what} is being merged into what is above it, as its snapshot was removed: try again later")
     try:
         top = Sealed.open(places.layer(layer_id), what, places.fs)
     except NotFound:

@@ -25,14 +25,16 @@ from nbdclone.store.clone import Clone
 from nbdclone.store.copying import copy_up_all
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import NO_PARENT, Header, as_origin
+from nbdclone.store.giving_back import GivingBack
 from nbdclone.store.layer_manifest import adding_blocks
 from nbdclone.store.opening import open_beneath
 from nbdclone.store.places import Places
 from nbdclone.store.removal import collect
 from nbdclone.store.sealed import Sealed
+from nbdclone.store.snapshots import origin_of
 
 if TYPE_CHECKING:
-    from nbdclone.control.verbs import Steps, Target
+    from nbdclone.control.verbs import Opened, Steps, Target
 
 T = TypeVar("T")
 
@@ -148,8 +150,14 @@ def merge_into(target: Target, name: str, layer: str) -> Steps:
             beneath = clone.layers[-2] if top > 1 else None
             if not isinstance(beneath, Sealed) or beneath.header.id != layer_id or not _is_due(places, merge):
                 return {"name": name, "merged": False, "copied": copied}
+            _name_origin(places, opened, layer_id)
+            giving = GivingBack(places, opened, layer_id, partial(_is_due, places, merge))
             copied += yield from copy_up_all(
-                opened, f"removing a snapshot beneath '{name}'", origin=top - 1, holes=True
+                opened,
+                f"removing a snapshot beneath '{name}'",
+                origin=top - 1,
+                holes=True,
+                copied=giving.copied,
             )
             # Both slots of the map: the layer is about to go.
             clone.delta.settle_all()
@@ -158,6 +166,15 @@ def merge_into(target: Target, name: str, layer: str) -> Steps:
                     break
         _relayer(places, clone, opened.change_here)
     return {"name": name, "merged": True, "copied": copied}
+
+
+def _name_origin(places: Places, opened: Opened, layer_id: bytes) -> None:
+    """Let the clone that is right over the layer, and would be reset to it, be reset to what is beneath that."""
+    delta = opened.clone.delta
+    with places.changing():
+        if origin_of(delta.header) == layer_id:
+            lower = as_origin(places.header(places.layer(layer_id)).parent_id)
+            opened.change(lambda: delta.change_header(origin=lower))
 
 
 def _reparent(places: Places, clone: Clone, seen: int, layer_id: bytes) -> bool:
@@ -215,6 +232,9 @@ class _Alone:
     def change(self, step: Callable[[], T]) -> T:
         return step()
 
+    def change_here(self, step: Callable[[], T]) -> T:
+        return step()
+
 
 def merge_layers(places: Places, merge: Merge) -> Steps:
     """Merge a layer into its only child, which is a layer too. Raises InUse if either is being merged already."""
@@ -229,7 +249,11 @@ def merge_layers(places: Places, merge: Merge) -> Steps:
         with Clone(what, [*layers, delta], places.fs) as clone:
             if not _is_due(places, merge):
                 return 0
-            copied = yield from copy_up_all(_Alone(clone), "removing a snapshot", origin=len(layers), holes=True)
+            alone = _Alone(clone)
+            giving = GivingBack(places, alone, merge.layer, partial(_is_due, places, merge))
+            copied = yield from copy_up_all(
+                alone, "removing a snapshot", origin=len(layers), holes=True, copied=giving.copied
+            )
             delta.settle_all()
             # A power cut from now on: all that the layer has is durably its child's, in both slots of its map.
             with places.changing():

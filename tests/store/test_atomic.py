@@ -11,7 +11,8 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 from powercut import stamp
@@ -21,6 +22,7 @@ from nbdclone.control.local import LocalTarget
 from nbdclone.control.verbs import drive, find_verb
 from nbdclone.errors import NBDCloneError
 from nbdclone.store.check import check_pool, is_clean
+from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import place_of
 from nbdclone.store.finding import WRONG
@@ -106,15 +108,21 @@ def compact(pool: Pool) -> None:
     run(pool, "compact", name="web1")
 
 
+def merge(pool: Pool) -> None:
+    """Each block is a step of its own, and its space is given back after it."""
+    with mock.patch("nbdclone.store.copying.STEP", 4096), mock.patch("nbdclone.store.giving_back.STRETCH", 1):
+        run(pool, "merge")
+
+
 def merge_into_a_clone(pool: Pool) -> None:
     pool.remove(["web1@first"])
-    run(pool, "merge")
+    merge(pool)
 
 
 def merge_into_a_layer(pool: Pool) -> None:
     pool.snapshot("web1@second")
     pool.remove(["web1@first"])
-    run(pool, "merge")
+    merge(pool)
 
 
 def promote(pool: Pool) -> None:
@@ -479,6 +487,33 @@ def test_a_new_pool_is_durable_up_to_the_directory_that_was_there_before(tmp_pat
 
     Pool.open(tmp_path / "srv" / "disks" / "pool", create=True, fs=Watched())
     assert {tmp_path, tmp_path / "srv", tmp_path / "srv" / "disks", tmp_path / "srv" / "disks" / "pool"} <= set(synced)
+
+
+NO_ERA = "nbdclone.store.clone.Clone.begin_era", lambda self: None
+
+
+def test_it_is_noticed_if_space_is_given_back_before_the_map_is_durable(
+    root: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settle = Delta.settle_all
+    punching = 0
+
+    def hidden(self: Clone, *arguments: Any) -> bool:
+        nonlocal punching
+        punching += 1
+        try:
+            return punch(self, *arguments)
+        finally:
+            punching -= 1
+
+    punch = Clone.punch_hidden
+    with monkeypatch.context() as patch:
+        patch.setattr(*NO_ERA)
+        patch.setattr(Clone, "punch_hidden", hidden)
+        patch.setattr(Delta, "settle_all", lambda self: None if punching else settle(self))
+        patch.setattr(Delta, "settled", lambda self, segment: True)
+        with pytest.raises(AssertionError, match="state"):
+            cut_power_at_every_step(root, memory, OPERATIONS["merge into a clone"], STATES_TO_NOTICE)
 
 
 UNSAFE = {
