@@ -16,7 +16,7 @@ from pathlib import Path
 from nbdclone.errors import InUse, NBDCloneError, NotFound, StorageError
 from nbdclone.store.check_base import BaseExamination, Wishes, files_of_a_base
 from nbdclone.store.check_delta import Examination, linked_to, read_from
-from nbdclone.store.check_layers import Beneath, Chains, ContentCheck, check_leftovers, check_snapshots
+from nbdclone.store.check_layers import Beneath, Chains, ContentCheck, check_going, check_leftovers, check_snapshots
 from nbdclone.store.delta_file import NO_PARENT, Header, read_header
 from nbdclone.store.finding import NOTE, WRONG, Finding, Problem, Range
 from nbdclone.store.fs import FILE_SYSTEM, FileSystem
@@ -25,7 +25,7 @@ from nbdclone.store.layer_manifest import MANIFEST, RECORD, WRITER
 from nbdclone.store.live import FILE_NAME
 from nbdclone.store.locks import describe_process, holders, is_locked_directory
 from nbdclone.store.names import is_name, split_name
-from nbdclone.store.places import ENTRIES, EPHEMERAL, SNAPSHOTS, STAGING_LOCK, Places, is_kept
+from nbdclone.store.places import ENTRIES, EPHEMERAL, GOING, SNAPSHOTS, STAGING_LOCK, Places, is_kept
 from nbdclone.store.repair import KEPT, repair
 
 # A clone that is open elsewhere is looked at this often, this far apart: a page in flight is written in microseconds.
@@ -191,6 +191,7 @@ class _Check:
         try:
             with self._changing():
                 found, cut_off = check_leftovers(self._places, self._clone_names, self._wishes.repair)
+                found += check_going(self._places)
         except OSError as error:
             what = f"it cannot be told which layers are left over: {os.strerror(error.errno or 0)}"
             todo = "check it as the owner of the pool"
@@ -286,7 +287,7 @@ class _Check:
         name, path = self._chains.name(layer_id), self._places.layer(layer_id)
         directory = path.parent
         try:
-            known = {"delta", MANIFEST, RECORD, WRITER, FILE_NAME}
+            known = {"delta", MANIFEST, RECORD, WRITER, FILE_NAME, GOING}
             yield from self._foreign(
                 name, directory, lambda file: file in known or KEPT in file or file.endswith(".new")
             )

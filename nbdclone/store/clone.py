@@ -34,6 +34,9 @@ from nbdclone.store.writing import ZERO_BLOCK, WritableDisk, pieces
 
 # How much is read, and written, at a time when blocks are copied up.
 COPY_SIZE = 1 << 20
+# How much one look at what the delta has takes in: some 10 ms, for which changes wait.
+MOST_SEGMENTS = 16
+MOST_RUNS = 1024
 
 
 class Clone(WritableDisk):
@@ -230,9 +233,9 @@ class Clone(WritableDisk):
             if self._chain.parent_id != delta.header.parent_id:
                 return 0  # it is being moved to another parent: what is alike here need not be alike there
             delta.begin_changes(nowait=False)
-            # A merge that was killed may have punched what is beneath, and not synced it: the zeros that are read there
-            # must be there after a power cut, too.
-            for layer in self.layers[:-1]:
+            # A merge punches what is beneath, and does not sync it: the zeros that are read there by now must be there
+            # after a power cut, too. In the layers beneath that one it punches what others than the delta hide.
+            for layer in self.layers[-2:-1]:
                 if isinstance(layer, Sealed):
                     self._fs.sync(layer.fd)
             beneath: dict[int, bytes] = {}
@@ -272,56 +275,38 @@ class Clone(WritableDisk):
                     made += count
         return made
 
-    def begin_era(self) -> None:
-        """Leave all that the delta has durably in its map, in both slots; and count those apart who read later."""
+    def settle_hidden(self, start: int, end: int) -> tuple[list[tuple[int, int]], int]:
+        """Leave all that the delta has durably in its map, in both slots, and count those apart who read later.
+
+        Returns what of [start, end) the delta has so, as (offset, length), each within a segment; and up to where was
+        looked. It stays the delta's until the disk is :attr:`restacked`, or made smaller. Raises OSError, CloneFailed.
+        """
+        runs: list[tuple[int, int]] = []
         with self._changing:
-            self._writable().begin_changes(nowait=False)
-            self._writable().settle_all()
+            delta = self._writable()
+            delta.begin_changes(nowait=False)
+            delta.settle_all()
             with self._counting:
                 self._past.append(self._era)
                 self._era = Era()
-
-    def punch_hidden(self, layer: Sealed, fd: int, start: int, end: int) -> bool:
-        """Punch in the file of ``layer`` (``fd``: open for writing) what the delta hides in [start, end), durably.
-
-        False, and nothing was done: somebody still reads who began before :meth:`begin_era`. All in the range that was
-        read from the layer was the delta's by then. If anybody else has the layer open, nothing is done.
-
-        Raises OSError, CloneFailed.
-        """
-        with self._changing:
-            with self._counting:
-                self._past = [era for era in self._past if era.readers]
-                if self._past:
-                    return False
-            delta = self._writable()
-            delta.begin_changes(nowait=False)
-            # In its file before it is looked who has the layer: who opens it afterwards reads this map.
-            delta.settle_all()
-            if not layer.is_alone():
-                return True
-            while start < end:
-                segment = start // SEGMENT_SIZE
-                stop = min(end, (segment + 1) * SEGMENT_SIZE)
+            for segment in range(start // SEGMENT_SIZE, start // SEGMENT_SIZE + MOST_SEGMENTS):
+                origin = segment * SEGMENT_SIZE
+                stop = min(end, origin + SEGMENT_SIZE)
+                if start >= end or len(runs) >= MOST_RUNS:
+                    break
+                owners = bytes(self._owners_of(self._chain, segment, nowait=False))
                 if delta.settled(segment):
-                    self._punch_owned(layer, fd, start, stop)
+                    for run in RUN.finditer(owners, (start - origin) >> BLOCK_SHIFT, block_count(stop - origin)):
+                        if run[0][0] == self._top:
+                            runs.append((origin + (run.start() << BLOCK_SHIFT), len(run[0]) << BLOCK_SHIFT))
                 start = stop
-            self._fs.sync(fd)
-            return True
+        return runs, start
 
-    def _punch_owned(self, layer: Sealed, fd: int, start: int, end: int) -> None:
-        """The same for a range of one segment."""
-        segment = start // SEGMENT_SIZE
-        owners = bytes(self._owners_of(self._chain, segment, nowait=False))
-        first, last = (start % SEGMENT_SIZE) >> BLOCK_SHIFT, block_count(end - segment * SEGMENT_SIZE)
-        origin = segment * SEGMENT_SIZE + (segment + 1) * layer.stride
-        for run in RUN.finditer(owners, first, last):
-            if run[0][0] == self._top:
-                at, stop = (origin + (block << BLOCK_SHIFT) for block in run.span())
-                for hole, edge in list(data_and_holes(self._fs, fd, at, stop, BLOCK_SIZE)):
-                    if not hole:
-                        self._fs.punch(fd, at, edge - at)
-                    at = edge
+    def past_is_over(self) -> bool:
+        """Is nobody reading any more, in a thread, who began before the last :meth:`settle_hidden` or drop?"""
+        with self._counting:
+            self._past = [era for era in self._past if era.readers]
+            return not self._past
 
     def punch_dropped(self, segment: int) -> bool:
         """Give back what space of the delta's file, in one segment, is that of blocks which are not the delta's.
@@ -331,10 +316,8 @@ class Clone(WritableDisk):
         last drop. Raises OSError, CloneFailed.
         """
         with self._changing:
-            with self._counting:
-                self._past = [era for era in self._past if era.readers]
-                if self._past:
-                    return False
+            if not self.past_is_over():
+                return False
             delta = self._writable()
             delta.begin_changes(nowait=False)
             owners = bytes(self._owners_of(self._chain, segment, nowait=False))

@@ -65,13 +65,13 @@ def copy_up_all(
     *,
     origin: int | None = None,
     holes: bool = False,
-    copied: Callable[[int, int], None] = lambda done, end: None,
+    copied: Callable[[int, int], None] = lambda data, end: None,
 ) -> Generator[tuple[int, int], None, int]:
     """Copy up all that is read from beneath, or from one layer, in steps; yields and returns bytes.
 
     Raises StorageError if there is no room for it: before anything was done, or, if there is less by then, with what
     was copied left in place: nothing is lost by that, and it is not copied again. ``copied`` is told after each step
-    how much that was in all, and up to where nothing is left.
+    how many bytes of data that took, and up to where nothing is left.
     """
     clone = opened.clone
     total = sum(piece.data + (piece.holes if holes else 0) for piece in pieces(clone, origin))
@@ -84,7 +84,7 @@ def copy_up_all(
                 done += opened.change(step)
             except OSError as error:
                 raise StorageError(f"{what}: {error.strerror}; nothing is lost, and it can be done again") from error
-            copied(done, piece.offset + piece.length)
+            copied(piece.data, piece.offset + piece.length)
             yield min(done, total), total
     return done
 

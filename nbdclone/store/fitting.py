@@ -124,13 +124,13 @@ def _here(places: Places, head: Head) -> tuple[int, list[Layer]]:
 def _open_layer(places: Places, layer_id: bytes) -> list[Layer] | None:
     """The chain up to that layer; None if it is not here."""
     what = f"layer {layer_id.hex()}"
-    if places.is_going(layer_id):
-        raise InUse(f"{what} is being merged into what is above it, as its snapshot was removed: try again later")
     try:
         top = Sealed.open(places.layer(layer_id), what, places.fs)
     except NotFound:
         return None
     try:
+        if places.is_going(layer_id):  # looked at when it is open, as in open_top
+            raise InUse(f"{what} is being merged into what is above it, as its snapshot was removed: try again later")
         return [*open_beneath(places, what, top.header), top]
     except BaseException:
         top.close()

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from nbdclone.errors import NBDCloneError, NotFound
 from nbdclone.store.clone import Clone
@@ -48,23 +48,27 @@ class Merge(NamedTuple):
 
 
 class _Above(NamedTuple):
-    """What is over the layers of a pool."""
+    """What is over the layers of a pool: names of snapshots, and those that stand right on them, (id, clone's name).
+
+    The id of a clone's own delta counts as named: a snapshot that was cut off has made a layer of it.
+    """
 
     children: dict[bytes, list[tuple[bytes, str | None]]]
-    named: set[bytes]
+    named: dict[bytes, list[str]]
     headers: dict[str, Header]  # of the clones
 
 
-def _look(places: Places) -> _Above:
+def look(places: Places) -> _Above:
     """Raises what makes a header unreadable: then nobody knows what it needs."""
     children: dict[bytes, list[tuple[bytes, str | None]]] = {}
-    named: set[bytes] = set()
+    named: dict[bytes, list[str]] = {}
     headers: dict[str, Header] = {}
     for name in places.names_in(places.clones):
         header = headers[name] = places.header(places.delta(name))
         children.setdefault(header.parent_id, []).append((header.id, name))
-        named |= {snapshot.layer for snapshot in places.snapshots(name, header.id).values()}
-        named.add(header.id)
+        for snapshot, record in places.snapshots(name, header.id).items():
+            named.setdefault(record.layer, []).append(f"{name}@{snapshot}")
+        named.setdefault(header.id, []).append(name)
     own = {header.id for header in headers.values()}  # a snapshot that was cut off has given one a second name
     for layer_id in set(places.layer_ids()) - own:
         with contextlib.suppress(NotFound):
@@ -77,7 +81,7 @@ def find_merges(places: Places) -> list[Merge]:
     """What is to be done in the pool. Raises StorageError and its children."""
     if not places.layer_ids():
         return []
-    above = _look(places)
+    above = look(places)
     return [
         Merge(layer_id, *children[0])
         for layer_id in places.layer_ids()
@@ -89,7 +93,7 @@ def is_work(places: Places) -> bool:
     """Is there a layer without a name that could be merged, or that nobody needs? Raises StorageError, its children."""
     if not places.layer_ids():
         return False
-    above = _look(places)
+    above = look(places)
     return any(
         layer_id not in above.named and len(above.children.get(layer_id, [])) < 2 for layer_id in places.layer_ids()
     )
@@ -181,7 +185,7 @@ def _reparent(places: Places, clone: Clone, seen: int, layer_id: bytes) -> bool:
     """Nobody changes the clone. False: a snapshot or the like came between."""
     if clone.restacked != seen:
         return False
-    clone.delta.change_header(**_header_over(clone.delta.header, places.header(places.layer(layer_id))))
+    clone.delta.change_header(**header_over(clone.delta.header, places.header(places.layer(layer_id))))
     return True
 
 
@@ -257,11 +261,11 @@ def merge_layers(places: Places, merge: Merge) -> Steps:
             delta.settle_all()
             # A power cut from now on: all that the layer has is durably its child's, in both slots of its map.
             with places.changing():
-                delta.change_header(**_header_over(delta.header, places.header(places.layer(merge.layer))))
+                delta.change_header(**header_over(delta.header, places.header(places.layer(merge.layer))))
     return copied
 
 
-def _header_over(header: Header, merged: Header) -> dict[str, object]:
+def header_over(header: Header, merged: Header) -> dict[str, Any]:
     """What changes in a header when the parent is merged into it: it is over the parent's parent then."""
     seen = [overlap for overlap in (header.overlap, merged.overlap) if overlap is not None]
     return {
@@ -282,7 +286,7 @@ def _lower_origins(target: Target, layer_id: bytes) -> Steps:
     places = target.pool.places
     lower = places.header(places.layer(layer_id)).parent_id
     lowered = []
-    for name, header in _look(places).headers.items():
+    for name, header in look(places).headers.items():
         if header.origin == layer_id:
             yield from target.run("relayer", {"name": name, "origin": layer_id.hex(), "lower": lower.hex()})
             lowered.append(name)
@@ -292,7 +296,7 @@ def _lower_origins(target: Target, layer_id: bytes) -> Steps:
 
 
 def _clones_above(places: Places, layer_id: bytes) -> Iterator[str]:
-    above = _look(places)
+    above = look(places)
     found, waiting = [], [layer_id]
     while waiting:
         for child, clone in above.children.get(waiting.pop(), []):

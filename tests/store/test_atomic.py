@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -22,11 +22,11 @@ from nbdclone.control.local import LocalTarget
 from nbdclone.control.verbs import drive, find_verb
 from nbdclone.errors import NBDCloneError
 from nbdclone.store.check import check_pool, is_clean
-from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import place_of
 from nbdclone.store.finding import WRONG
 from nbdclone.store.fs import FileSystem
+from nbdclone.store.giving_back import GivingBack
 from nbdclone.store.image import BaseRecord, fingerprint_of, read_manifest
 from nbdclone.store.layer_manifest import forget_manifest
 from nbdclone.store.pool import Pool
@@ -489,28 +489,23 @@ def test_a_new_pool_is_durable_up_to_the_directory_that_was_there_before(tmp_pat
     assert {tmp_path, tmp_path / "srv", tmp_path / "srv" / "disks", tmp_path / "srv" / "disks" / "pool"} <= set(synced)
 
 
-NO_ERA = "nbdclone.store.clone.Clone.begin_era", lambda self: None
-
-
 def test_it_is_noticed_if_space_is_given_back_before_the_map_is_durable(
     root: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settle = Delta.settle_all
-    punching = 0
+    giving_back = 0
+    give_back, settle = GivingBack._give_back, Delta.settle_all
 
-    def hidden(self: Clone, *arguments: Any) -> bool:
-        nonlocal punching
-        punching += 1
+    def count(self: GivingBack, end: int) -> None:
+        nonlocal giving_back
+        giving_back += 1
         try:
-            return punch(self, *arguments)
+            give_back(self, end)
         finally:
-            punching -= 1
+            giving_back -= 1
 
-    punch = Clone.punch_hidden
     with monkeypatch.context() as patch:
-        patch.setattr(*NO_ERA)
-        patch.setattr(Clone, "punch_hidden", hidden)
-        patch.setattr(Delta, "settle_all", lambda self: None if punching else settle(self))
+        patch.setattr(GivingBack, "_give_back", count)
+        patch.setattr(Delta, "settle_all", lambda self: None if giving_back else settle(self))
         patch.setattr(Delta, "settled", lambda self, segment: True)
         with pytest.raises(AssertionError, match="state"):
             cut_power_at_every_step(root, memory, OPERATIONS["merge into a clone"], STATES_TO_NOTICE)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import random
 from typing import Any
 
@@ -12,16 +10,10 @@ from test_blocks import OpenTarget, read, run, run_on
 
 from nbdclone.control.local import LocalTarget
 from nbdclone.control.verbs import drive, find_verb
-from nbdclone.errors import InUse
-from nbdclone.store.check import check_pool, is_clean
 from nbdclone.store.delta_file import change_header
 from nbdclone.store.layer import BLOCK_SIZE
-from nbdclone.store.locks import take
 from nbdclone.store.merging import find_merges
 from nbdclone.store.pool import Pool
-from nbdclone.store.receiving import Receiving
-from nbdclone.store.sealed import Sealed
-from nbdclone.store.sending import Sending
 
 
 def change(pool: Pool, name: str, seed: object) -> None:
@@ -129,161 +121,6 @@ def test_a_merge_that_was_interrupted_is_found_and_finished(
     assert run(web1, "merge")["merged"] == 1
     assert contents(web1) == before
     assert layers(web1) == 2
-
-
-# Space that is given back as it goes
-
-
-def interrupted(pool: Pool, steps: int) -> list[int]:
-    """Stop the merge in its midst; the bytes that the layer took, before each step."""
-    (layer_id,) = [merge.layer for merge in find_merges(pool.places)]
-    taken: list[int] = []
-
-    def stop(done: int, total: int) -> None:
-        taken.append(pool.places.layer(layer_id).stat().st_blocks * 512)
-        if len(taken) == steps:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(pool, "merge", stop)
-    return taken
-
-
-@pytest.fixture
-def by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nbdclone.store.copying.STEP", BLOCK_SIZE)
-    monkeypatch.setattr("nbdclone.store.copying.SPAN", BLOCK_SIZE)
-    monkeypatch.setattr("nbdclone.store.giving_back.STRETCH", BLOCK_SIZE)
-
-
-@pytest.fixture(params=["layer", "clone"])
-def due(request: pytest.FixtureRequest, by_blocks: None, web1: Pool) -> Pool:
-    """A layer is to be merged, into a layer or into a clone."""
-    web1.remove(["web1@b"] if request.param == "layer" else ["web2", "web1@c"])
-    return web1
-
-
-def test_space_comes_back_while_a_merge_goes_on(due: Pool) -> None:
-    before = contents(due)
-    taken = interrupted(due, 6)
-    assert taken == sorted(taken, reverse=True)
-    assert taken[-1] <= taken[0] - 4 * BLOCK_SIZE
-    assert contents(due) == before
-    assert is_clean(list(check_pool(due.path, deep=True)))
-    assert run(due, "merge")["merged"] == 1
-    assert contents(due) == before
-
-
-def test_nothing_is_given_back_of_a_layer_that_another_has_open(due: Pool) -> None:
-    (merge,) = find_merges(due.places)
-    before = contents(due)
-    path = due.places.layer(merge.layer)
-    with open(path, "rb") as other:  # a description of its own, as another process has
-        take(other.fileno(), shared=True)
-        taken = interrupted(due, 6)
-        assert taken[-1] == taken[0]
-        assert not due.places.is_going(merge.layer)
-        with pytest.raises(BlockingIOError), open(path, "rb+") as third:
-            take(third.fileno())
-    assert contents(due) == before
-
-
-def test_nothing_is_given_back_of_a_layer_that_another_chain_here_reads(due: Pool) -> None:
-    (merge,) = find_merges(due.places)
-    with contextlib.closing(Sealed.open(due.places.layer(merge.layer), "it", due.places.fs)):
-        taken = interrupted(due, 6)
-    assert taken[-1] == taken[0]
-
-
-def test_a_record_that_cannot_be_read_may_be_the_layers_name(due: Pool) -> None:
-    (due.places.clones / "web1" / "snapshots" / "other").write_text("?")
-    taken = interrupted(due, 6)
-    assert taken[-1] == taken[0]
-
-
-@pytest.mark.usefixtures("by_blocks")
-def test_a_reset_in_the_midst_of_a_merge_goes_to_what_is_beneath(web1: Pool) -> None:
-    beneath = read(web1, "web1@b")
-    web1.create_clones("web1@c", ["web3"])
-    change(web1, "web3", 3)
-    web1.rollback("web1@b")
-    web1.remove(["web2", "web1@c"])
-    (merge,) = find_merges(web1.places)
-    taken = interrupted(web1, 6)
-    assert taken[-1] < taken[0]
-    change_header(web1.places.delta("web3"), origin=merge.layer)  # a power cut brings back what was not synced
-    web1.reset("web3")
-    assert read(web1, "web3") == beneath
-
-
-@pytest.mark.usefixtures("by_blocks")
-def test_a_reset_of_the_clone_itself_in_the_midst_goes_to_what_is_beneath(web1: Pool) -> None:
-    beneath = read(web1, "web1@b")
-    web1.rollback("web1@b")
-    web1.remove(["web1@c"])
-    (merge,) = find_merges(web1.places)
-    assert merge.clone == "web2"
-    taken = interrupted(web1, 6)
-    assert taken[-1] < taken[0]
-    web1.reset("web2")
-    assert read(web1, "web2") == beneath
-    assert web1.places.layer(merge.layer) not in web1.places.layers.glob("*/delta")
-
-
-@pytest.mark.usefixtures("by_blocks")
-def test_a_stream_gives_no_name_to_a_layer_whose_space_is_given_back(web1: Pool) -> None:
-    sink = io.BytesIO()
-    with Sending(web1.places, "web1@b") as sending:
-        drive(sending.run(sink))
-    web1.remove(["web1@b"])
-    assert interrupted(web1, 6)
-    with pytest.raises(InUse, match="is being merged"):
-        Receiving(web1.places, io.BytesIO(sink.getvalue()), name="copy")
-
-
-@pytest.mark.usefixtures("by_blocks")
-def test_a_stream_with_it_in_the_midst_gives_it_no_name_either(web1: Pool) -> None:
-    sink = io.BytesIO()
-    with Sending(web1.places, "web1@c") as sending:
-        drive(sending.run(sink))
-    web1.remove(["web1@b"])
-    assert interrupted(web1, 6)
-    expected = {f"copy@{name}": read(web1, f"web1@{name}") for name in "ac"} | {"copy": read(web1, "web1@c")}
-    drive(Receiving(web1.places, io.BytesIO(sink.getvalue()), name="copy").run())
-    assert {name: content for name, content in contents(web1).items() if name.startswith("copy")} == expected
-
-
-def test_layers_are_synced_before_a_clone_gives_up_what_they_have_too(
-    web1: Pool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A merge that was killed may have left zeros in one that a power cut would take back."""
-    done: list[object] = []
-    with web1.open_clone("web1") as disk:
-        give_up, layers = disk.delta.give_up, [layer for layer in disk.layers if isinstance(layer, Sealed)]
-        disk.pwrite(disk.pread(BLOCK_SIZE, 0), 0)
-        disk.copy_up(0, disk.size)
-        monkeypatch.setattr(disk._fs, "sync", done.append, raising=False)
-        monkeypatch.setattr(disk.delta, "give_up", lambda blocks: (done.append("given up"), give_up(blocks)))
-        assert disk.drop([(0, disk.size // BLOCK_SIZE * BLOCK_SIZE)])
-    assert done == [*(layer.fd for layer in layers), "given up"]
-
-
-def test_who_began_to_read_before_is_waited_for(due: Pool) -> None:
-    layer_id = find_merges(due.places)[0].layer
-    with due.open_clone("web1") as disk:
-        if disk.layers[-2].id != layer_id:
-            pytest.skip("nobody reads in a process that merges layers")
-        layer = disk.layers[-2]
-        assert isinstance(layer, Sealed)
-        disk.copy_up(0, disk.size, holes=True, origin=len(disk.layers) - 1)
-        before = layer.path.stat().st_blocks
-        with open(layer.path, "rb+") as file:
-            with disk.holding():
-                disk.begin_era()
-                assert not disk.punch_hidden(layer, file.fileno(), 0, disk.size)
-                assert layer.path.stat().st_blocks == before
-            assert disk.punch_hidden(layer, file.fileno(), 0, disk.size)
-        assert layer.path.stat().st_blocks < before
 
 
 def test_what_is_seen_of_a_parent_stays_what_it_was(web1: Pool) -> None:
