@@ -4,7 +4,8 @@
 started, and all that the pool has is read and compared with the model (lifemodel.py): every name is there, every base
 and snapshot is to the byte what it was, every clone has what was acknowledged. Then clients write to some clones, the
 command line runs some verbs on any of them, and the server is stopped, or killed between two verbs or in the midst of
-one; or the command is. In the end of it `nbdclone check` has to find nothing. Some verbs run without a server, and are
+one; or the command is. Merges give space back every few KiB (smallsteps/), so that they are cut off between any two
+steps of that, too. In the end of it `nbdclone check` has to find nothing. Some verbs run without a server, and are
 killed as well. Whatever is wrong ends the campaign, with the seed, and leaves the pool where it is.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -21,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,8 @@ Expect = Callable[[bool], Coroutine[Any, Any, None]]
 
 
 class Campaign:
-    def __init__(self, directory: Path, seed: int) -> None:
-        self.directory, self.seed = directory, seed
+    def __init__(self, directory: Path, seed: int, merges: bool = False) -> None:
+        self.directory, self.seed, self.merges = directory, seed, merges
         self.rng = random.Random(seed)
         self.pool = directory / "pool"
         self.fixed: dict[str, bytes] = {}
@@ -170,6 +172,8 @@ class Campaign:
             "snapshot", "snapshot", "snapshot", "rm", "rm", "clone", "rollback", "reset", "promote", "flatten",
             "rebase", "compact", "resize", "rename", "du", "diff", "send",
         ]  # fmt: skip
+        if self.merges and self.rng.random() < 0.8:
+            names = ["snapshot", "rm"]
         name = self.rng.choice(names)
         plan = getattr(self, f"plan_{name}")()
         if plan is None:
@@ -290,8 +294,15 @@ class Campaign:
 
     def plan_rm(self) -> tuple[list[str], Expect] | None:
         snapshot = self.a_snapshot()
+        if self.merges and snapshot and self.rng.random() < 0.7:  # the clone's newest: its layer goes into the clone
+            clone = snapshot.partition("@")[0]
+            snapshot = max(
+                (name for name in self.fixed if name.startswith(f"{clone}@")), key=lambda name: int(name.split("@s")[1])
+            )
         names = (
-            [snapshot] if snapshot and self.rng.random() < 0.8 else [self.rng.choice([self.a_clone(), self.a_base()])]
+            [snapshot]
+            if snapshot and (self.merges or self.rng.random() < 0.8)
+            else [self.rng.choice([self.a_clone(), self.a_base()])]
         )
         if names[0] in self.clones and len(self.clones) <= 2:
             return None
@@ -437,7 +448,7 @@ class Campaign:
             await self.require_all()
             for name in self.rng.sample(sorted(self.clones), min(WRITTEN_TO, len(self.clones))):
                 self.connect(name)
-            for _ in range(self.rng.randint(1, MOST_VERBS)):
+            for _ in range(self.rng.randint(1, MOST_VERBS) * (3 if self.merges else 1)):
                 await self.verb("command" if self.rng.random() < 0.15 else None)
                 if self.rng.random() < 0.5:
                     await asyncio.sleep(self.rng.random() * 0.3)
@@ -462,8 +473,38 @@ class Campaign:
         self.counts["rounds"] += 1
 
 
-async def run(directory: Path, seed: int, seconds: float) -> Campaign:
-    campaign = Campaign(directory, seed)
+@contextlib.contextmanager
+def small_steps(counted: Path, step: int, stretch: int) -> Iterator[None]:
+    """Whatever is started meanwhile copies so many bytes at a time when it merges, and gives space back after so many;
+    the file has a byte for each time that holes were made in a layer.
+    """
+    values: dict[str, dict[str, float]] = {
+        "nbdclone.store.copying": {"STEP": step, "SPAN": 4 * step},
+        "nbdclone.store.giving_back": {"STRETCH": stretch, "HOLES_AT_ONCE": 2},
+        "nbdclone.server.merger": {"LOOK_S": 0.1},
+    }
+    counted.touch()
+    before = dict(ENVIRONMENT)
+    ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).with_name("smallsteps")), before["PYTHONPATH"]])
+    ENVIRONMENT["SMALL_STEPS"] = json.dumps(values)
+    ENVIRONMENT["SMALL_STEPS_COUNTED"] = str(counted)
+    try:
+        yield
+    finally:
+        ENVIRONMENT.clear()
+        ENVIRONMENT.update(before)
+
+
+async def run(directory: Path, seed: int, seconds: float, merges: bool = False) -> Campaign:
+    counted = directory / "counted"
+    with small_steps(counted, 4 << 10, 4 << 10):
+        campaign = await _run(directory, seed, seconds, merges)
+    campaign.counts["given back, steps"] = counted.stat().st_size
+    return campaign
+
+
+async def _run(directory: Path, seed: int, seconds: float, merges: bool) -> Campaign:
+    campaign = Campaign(directory, seed, merges)
     campaign.make()
     deadline = time.monotonic() + seconds
     try:
@@ -481,9 +522,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 30))
     parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--merges", action="store_true", help="mostly snapshots that are made and removed")
     given = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="nbdclone-lifecycle-"))
-    campaign = asyncio.run(run(directory, given.seed, given.seconds))
+    campaign = asyncio.run(run(directory, given.seed, given.seconds, given.merges))
     subprocess.run(["rm", "-rf", str(directory)], check=True)
     print(json.dumps({"seed": given.seed, "done": campaign.counts, "refused": campaign.refusals}))
 
