@@ -22,12 +22,13 @@ from nbdclone.store.changes import changed_extents
 from nbdclone.store.check import check_pool, is_clean
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta_file import NO_ORIGIN, change_header
+from nbdclone.store.fs import FileSystem
 from nbdclone.store.giving_back import GivingBack
 from nbdclone.store.layer import BLOCK_SIZE
 from nbdclone.store.layer_manifest import RECORD
 from nbdclone.store.locks import take
 from nbdclone.store.merging import find_merges
-from nbdclone.store.places import Places, Snapshot
+from nbdclone.store.places import GOING, Places, Snapshot
 from nbdclone.store.pool import Pool
 from nbdclone.store.receiving import Receiving
 from nbdclone.store.sealed import Sealed
@@ -169,6 +170,32 @@ def test_what_is_right_beneath_is_synced_before_a_clone_gives_up_what_it_has_too
         monkeypatch.setattr(disk.delta, "give_up", lambda blocks: (done.append("given up"), give_up(blocks)))
         assert disk.drop([(0, disk.size // BLOCK_SIZE * BLOCK_SIZE)])
     assert done == [beneath.fd, "given up"]
+
+
+def test_the_mark_and_what_it_rests_on_are_durable_before_the_first_hole(
+    into_a_clone: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (merge,) = find_merges(into_a_clone.places)
+    layer = into_a_clone.places.layer(merge.layer)
+    done: list[Path | str] = []
+    sync_directory, punch = FileSystem.sync_directory, FileSystem.punch
+
+    def note_sync(self: FileSystem, path: Path) -> None:
+        done.append("marked" if path == layer.parent and layer.with_name(GOING).exists() else path)
+        sync_directory(self, path)
+
+    def note_hole(self: FileSystem, fd: int, *arguments: int) -> None:
+        if os.path.samestat(os.fstat(fd), layer.stat()):
+            done.append("hole")
+        punch(self, fd, *arguments)
+
+    monkeypatch.setattr(FileSystem, "sync_directory", note_sync)
+    monkeypatch.setattr(FileSystem, "punch", note_hole)
+    assert interrupted(into_a_clone, 6)
+    clones = into_a_clone.places.clones
+    before = done[: done.index("hole")]
+    assert {clones, clones / "web1" / "snapshots", "marked"} <= set(before)
+    assert before[-1] == "marked"
 
 
 # Beside readers and changes
