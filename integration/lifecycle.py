@@ -4,7 +4,8 @@
 started, and all that the pool has is read and compared with the model (lifemodel.py): every name is there, every base
 and snapshot is to the byte what it was, every clone has what was acknowledged. Then clients write to some clones, the
 command line runs some verbs on any of them, and the server is stopped, or killed between two verbs or in the midst of
-one; or the command is. In the end of it `nbdclone check` has to find nothing. Some verbs run without a server, and are
+one; or the command is. Merges give space back every few KiB (smallsteps/), so that they are cut off between any two
+steps of that, too. In the end of it `nbdclone check` has to find nothing. Some verbs run without a server, and are
 killed as well. Whatever is wrong ends the campaign, with the seed, and leaves the pool where it is.
 """
 
@@ -14,12 +15,14 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from integration.lifefurther import Further
@@ -68,6 +71,8 @@ class Campaign(Further):
             "rebase", "compact", "resize", "rename", "du", "diff", "send",
             "shrink", "keep_changes", "hoist", "backup", "backup", "backup", "keep",
         ]  # fmt: skip
+        if self.merges and self.rng.random() < 0.8:
+            names = ["snapshot", "rm"]
         name = self.rng.choice(names)
         plan = getattr(self, f"plan_{name}")()
         if plan is None:
@@ -117,7 +122,7 @@ class Campaign(Further):
                 self.connect(name)
             if self.rng.random() < 0.5:
                 await self.ask_for_one()
-            for _ in range(self.rng.randint(1, MOST_VERBS)):
+            for _ in range(self.rng.randint(1, MOST_VERBS) * (3 if self.merges else 1)):
                 await self.verb("command" if self.rng.random() < 0.15 else None)
                 if self.rng.random() < 0.5:
                     await asyncio.sleep(self.rng.random() * 0.3)
@@ -143,8 +148,38 @@ class Campaign(Further):
         self.counts["rounds"] += 1
 
 
-async def run(directory: Path, seed: int, seconds: float) -> Campaign:
-    campaign = Campaign(directory, seed)
+@contextlib.contextmanager
+def small_steps(counted: Path, step: int, stretch: int) -> Iterator[None]:
+    """Whatever is started meanwhile copies so many bytes at a time when it merges, and gives space back after so many;
+    the file has a byte for each time that holes were made in a layer.
+    """
+    values: dict[str, dict[str, float]] = {
+        "nbdclone.store.copying": {"STEP": step, "SPAN": 4 * step},
+        "nbdclone.store.giving_back": {"STRETCH": stretch, "HOLES_AT_ONCE": 2},
+        "nbdclone.server.merger": {"LOOK_S": 0.1},
+    }
+    counted.touch()
+    before = dict(ENVIRONMENT)
+    ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).with_name("smallsteps")), before["PYTHONPATH"]])
+    ENVIRONMENT["SMALL_STEPS"] = json.dumps(values)
+    ENVIRONMENT["SMALL_STEPS_COUNTED"] = str(counted)
+    try:
+        yield
+    finally:
+        ENVIRONMENT.clear()
+        ENVIRONMENT.update(before)
+
+
+async def run(directory: Path, seed: int, seconds: float, merges: bool = False) -> Campaign:
+    counted = directory / "counted"
+    with small_steps(counted, 4 << 10, 4 << 10):
+        campaign = await _run(directory, seed, seconds, merges)
+    campaign.counts["given back, steps"] = counted.stat().st_size
+    return campaign
+
+
+async def _run(directory: Path, seed: int, seconds: float, merges: bool) -> Campaign:
+    campaign = Campaign(directory, seed, merges)
     campaign.make()
     deadline = time.monotonic() + seconds
     try:
@@ -162,9 +197,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 30))
     parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--merges", action="store_true", help="mostly snapshots that are made and removed")
     given = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="nbdclone-lifecycle-"))
-    campaign = asyncio.run(run(directory, given.seed, given.seconds))
+    campaign = asyncio.run(run(directory, given.seed, given.seconds, given.merges))
     subprocess.run(["rm", "-rf", str(directory)], check=True)
     print(json.dumps({"seed": given.seed, "done": campaign.counts, "refused": campaign.refusals}))
 

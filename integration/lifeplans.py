@@ -63,8 +63,15 @@ class Plans(State):
 
     def plan_rm(self) -> Plan:
         snapshot = self.a_snapshot()
+        if self.merges and snapshot and self.rng.random() < 0.7:  # the clone's newest: its layer goes into the clone
+            clone = snapshot.partition("@")[0]
+            snapshot = max(
+                (name for name in self.fixed if name.startswith(f"{clone}@")), key=lambda name: int(name.split("@s")[1])
+            )
         names = (
-            [snapshot] if snapshot and self.rng.random() < 0.8 else [self.rng.choice([self.a_clone(), self.a_base()])]
+            [snapshot]
+            if snapshot and (self.merges or self.rng.random() < 0.8)
+            else [self.rng.choice([self.a_clone(), self.a_base()])]
         )
         if names[0] in self.clones and len(self.clones) <= 2:
             return None

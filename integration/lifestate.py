@@ -26,8 +26,8 @@ Plan = tuple[list[str], Expect] | None
 
 
 class State:
-    def __init__(self, directory: Path, seed: int) -> None:
-        self.directory, self.seed = directory, seed
+    def __init__(self, directory: Path, seed: int, merges: bool = False) -> None:
+        self.directory, self.seed, self.merges = directory, seed, merges
         self.rng = random.Random(seed)
         self.pool = directory / "pool"
         self.fixed: dict[str, bytes] = {}

@@ -14,7 +14,7 @@ import os
 import random
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import pytest
 
 from integration.fioload import MIB, REGION, Load, fill, require_fio_blocks
 from integration.lifecycle import run as run_campaign
+from integration.lifecycle import small_steps
 from integration.served import COMMAND, ENVIRONMENT, Served, make_pool, nbdclone, served, sha256_of_file
 from integration.test_workers import worker_of
 from nbdclone.client import Client
@@ -38,6 +39,9 @@ REMOVED = 12
 QUIET_S = 0.6
 PATIENCE_S = 60.0
 CAMPAIGN_S = 10.0
+# Of a layer that is merged, beside fio's region; and after how much of it space comes back.
+MERGED = 32 * MIB
+STRETCH = 2 * MIB
 # The clone's own, where fio does not write: (offset, length).
 OWN = ((40 * MIB + 512, 3 * MIB), (130 * MIB, 2 * MIB + 4096), (SIZE - MIB, MIB))
 
@@ -306,6 +310,77 @@ def test_no_verb_is_noticed_by_clients_that_verify_what_they_wrote(tmp_path: Pat
     print(*lines, sep="\n")
     if path := os.environ.get("LIFECYCLE_JSON"):
         Path(path).write_text("\n".join(lines) + "\n")
+
+
+def taken(layer: Path) -> int:
+    """What the layer takes on the disk; nothing, if it is gone."""
+    try:
+        return layer.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
+def merged_data() -> list[bytes]:
+    """By the MiB."""
+    rng = random.Random("merged")
+    return [rng.randbytes(MIB) for _ in range(MERGED // MIB)]
+
+
+async def write_merged(uri: str) -> None:
+    async with await Client.connect(uri) as client:
+        for number, data in enumerate(merged_data()):
+            await client.pwrite(data, REGION + number * MIB)
+        await client.flush()
+
+
+async def watch(uri: str, layer: Path, until: Callable[[int], bool]) -> list[int]:
+    """What the layer takes, until that is so: each time that it is another number. Its data is read all the while."""
+    deadline, found, data = time.monotonic() + PATIENCE_S, [taken(layer)], merged_data()
+    rng = random.Random(1)
+    async with await Client.connect(uri) as client:
+        while not until(found[-1]):
+            assert time.monotonic() < deadline, found
+            number = rng.randrange(len(data))
+            assert await client.pread(MIB, REGION + number * MIB) == data[number], number
+            if (now := taken(layer)) != found[-1]:
+                found.append(now)
+        for number, each in enumerate(data):
+            assert await client.pread(MIB, REGION + number * MIB) == each, number
+    return found
+
+
+def test_the_space_of_a_layer_comes_back_while_it_is_merged_under_writers_and_kills(tmp_path: Path) -> None:
+    image = tmp_path / "image.raw"
+    with open(image, "wb") as file:
+        file.truncate(REGION + MERGED)
+    with small_steps(tmp_path / "counted", STRETCH // 8, STRETCH):
+        pool = make_pool(tmp_path / "pool", image, "one")
+        with served(pool, "--workers", "2") as server:
+            uri = server.uri("one")
+            asyncio.run(write_merged(uri))
+            fill(uri)
+            nbdclone("--pool", pool, "snapshot", "one@old")
+            (layer,) = pool.glob("layers/*/delta")
+            whole = taken(layer)
+            assert whole > REGION + MERGED
+            with Load(uri, tmp_path, "one") as load:
+                nbdclone("--pool", pool, "rm", "one@old")
+                asyncio.run(watch(uri, layer, lambda now: now < whole - 2 * STRETCH))
+                assert layer.with_name("going").exists()
+                load.require_running()
+                server.kill()
+        assert 0 < taken(layer) < whole - 2 * STRETCH
+        with served(pool, "--workers", "2") as server:
+            uri = server.uri("one")
+            with Load(uri, tmp_path, "again") as load:
+                found = asyncio.run(watch(uri, layer, lambda now: not now))
+                assert len(found) > 4, "nothing came back before the end"
+                assert found == sorted(found, reverse=True)
+                load.end()
+        exported = tmp_path / "exported.raw"
+        nbdclone("--pool", pool, "export", "one", exported)
+        require_fio_blocks(exported)
+        assert nbdclone("--pool", pool, "check", "--deep").stdout == "all is well\n"
 
 
 def test_a_short_campaign_of_random_verbs_and_kills_finds_nothing(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ import pytest
 from blake3 import blake3
 
 from nbdclone import Pool
+from nbdclone.control.local import LocalTarget
+from nbdclone.control.verbs import find_verb
 from nbdclone.store.check import check_pool
 
 BLOCK = 4096
@@ -704,6 +706,26 @@ def chain(store: Path, base: Disk, rng: random.Random) -> dict[str, Disk]:
 
 
 def test_clones_and_snapshots_are_read_through_their_layers(store: Path, chain: dict[str, Disk]) -> None:
+    for name, disk in chain.items():
+        both_read(store, disk, name)
+
+
+def test_a_layer_whose_space_is_given_back_is_hidden_by_what_is_above_it(
+    store: Path, chain: dict[str, Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for constant in ("copying.STEP", "copying.SPAN", "giving_back.STRETCH"):
+        monkeypatch.setattr(f"nbdclone.store.{constant}", BLOCK)
+    pool = Pool.open(str(store))
+    pool.remove(["clone@2"])
+    chain.pop("clone@2")
+    merging = find_verb("merge").begin(LocalTarget(pool), {})
+    before = {path: path.stat().st_blocks for path in store.glob("layers/*/delta")}
+    for _ in range(8):
+        next(merging)
+    merging.close()
+    (mark,) = store.glob("layers/*/going")
+    layer = mark.with_name("delta")
+    assert layer.stat().st_blocks < before[layer]
     for name, disk in chain.items():
         both_read(store, disk, name)
 

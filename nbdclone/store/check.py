@@ -13,7 +13,7 @@ from pathlib import Path
 from nbdclone.errors import InUse, NBDCloneError, NotFound, StorageError
 from nbdclone.store.check_base import BaseExamination, Wishes, files_of_a_base
 from nbdclone.store.check_delta import Examination, linked_to
-from nbdclone.store.check_layers import Beneath, Chains, ContentCheck, check_leftovers, check_snapshots
+from nbdclone.store.check_layers import Beneath, Chains, ContentCheck, check_going, check_leftovers, check_snapshots
 from nbdclone.store.check_looks import Looks
 from nbdclone.store.delta_file import NO_PARENT, Header, read_header
 from nbdclone.store.finding import NOTE, WRONG, Finding, Problem, Range, unreadable
@@ -24,7 +24,7 @@ from nbdclone.store.live import FILE_NAME
 from nbdclone.store.locks import holders, is_locked_directory
 from nbdclone.store.marked import read_from
 from nbdclone.store.names import is_name, split_name
-from nbdclone.store.places import ENTRIES, EPHEMERAL, SNAPSHOTS, STAGING_LOCK, Places, is_kept
+from nbdclone.store.places import ENTRIES, EPHEMERAL, GOING, SNAPSHOTS, STAGING_LOCK, Places, is_kept
 from nbdclone.store.repair import KEPT
 
 
@@ -184,6 +184,7 @@ class _Check:
         try:
             with self._changing():
                 found, cut_off = check_leftovers(self._places, self._clone_names, self._wishes.repair)
+                found += check_going(self._places)
         except OSError as error:
             what = f"it cannot be told which layers are left over: {os.strerror(error.errno or 0)}"
             todo = "check it as the owner of the pool"
@@ -279,7 +280,7 @@ class _Check:
         name, path = self._chains.name(layer_id), self._places.layer(layer_id)
         directory = path.parent
         try:
-            known = {"delta", MANIFEST, RECORD, WRITER, FILE_NAME}
+            known = {"delta", MANIFEST, RECORD, WRITER, FILE_NAME, GOING}
             yield from self._foreign(
                 name, directory, lambda file: file in known or KEPT in file or file.endswith(".new")
             )

@@ -27,8 +27,9 @@ from nbdclone.store.layer_manifest import (
     write_manifest,
 )
 from nbdclone.store.locks import take
+from nbdclone.store.merging import look
 from nbdclone.store.names import is_name
-from nbdclone.store.places import SNAPSHOTS, Places, Snapshot
+from nbdclone.store.places import GOING, SNAPSHOTS, Places, Snapshot
 from nbdclone.store.removal import collect, needed_layers
 from nbdclone.store.snapshots import clear_cut_off
 
@@ -187,6 +188,28 @@ def check_leftovers(places: Places, clones: Sequence[str], repair: bool) -> tupl
     return found, cut_off
 
 
+def check_going(places: Places) -> list[Finding]:
+    """Layers whose space is given back, and that more stand on than the one that has what they had.
+
+    To be called when changing. Nothing, where a header cannot be read: that is told of elsewhere. Raises OSError.
+    """
+    found: list[Finding] = []
+    with contextlib.suppress(NBDCloneError):
+        above = look(places)
+        for layer_id in filter(places.is_going, places.layer_ids()):
+            names = above.named.get(layer_id, [])
+            children = [clone or f"layer {child.hex()}" for child, clone in above.children.get(layer_id, [])]
+            if names or len(children) > 1:
+                what = (
+                    f"layer {layer_id.hex()} was merged into what is above it, and may have lost blocks by that; but "
+                    f"there are {', '.join([*names, *children])}"
+                )
+                todo = "put the layer back from a backup, and remove the file; at most one of these reads what it did"
+                mark = places.layer(layer_id).with_name(GOING)
+                found.append(Finding(names[0] if names else "", "layer-going", what, str(mark), todo))
+    return found
+
+
 def _cut_off(places: Places, clone: str, own_id: bytes) -> list[Path]:
     directory = places.clones / clone / SNAPSHOTS
     left = [places.layer(own_id).parent] if places.layer(own_id).parent.exists() else []
@@ -265,7 +288,9 @@ class ContentCheck:
                 )
         except NotFound:
             if not any(digest == UNREADABLE for _, digest in hashes):
-                record_manifest(fs, directory, header, hashes)
+                # Of one whose space is given back, nobody knows what a power cut brings back.
+                if not self._places.is_going(header.id):
+                    record_manifest(fs, directory, header, hashes)
                 return
             yield self._changed(name, path, [], "some of it cannot be read")
             return

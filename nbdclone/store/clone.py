@@ -30,10 +30,14 @@ from nbdclone.store.layer import (
     set_bits,
     uniform,
 )
+from nbdclone.store.sealed import Sealed
 from nbdclone.store.writing import ZERO_BLOCK, WritableDisk, pieces
 
 # How much is read, and written, at a time when blocks are copied up.
 COPY_SIZE = 1 << 20
+# How much one look at what the delta has takes in: some 10 ms, for which changes wait.
+MOST_SEGMENTS = 16
+MOST_RUNS = 1024
 
 
 class Clone(WritableDisk):
@@ -230,6 +234,11 @@ class Clone(WritableDisk):
             if self._chain.parent_id != delta.header.parent_id:
                 return 0  # it is being moved to another parent: what is alike here need not be alike there
             delta.begin_changes(nowait=False)
+            # A merge punches what is beneath, and does not sync it: the zeros that are read there by now must be there
+            # after a power cut, too. In the layers beneath that one it punches what others than the delta hide.
+            for layer in self.layers[-2:-1]:
+                if isinstance(layer, Sealed):
+                    self._fs.sync(layer.fd)
             beneath: dict[int, bytes] = {}
             owners: dict[int, bytearray] = {}
             given: dict[int, bytearray] = {}
@@ -267,6 +276,39 @@ class Clone(WritableDisk):
                     made += count
         return made
 
+    def settle_hidden(self, start: int, end: int) -> tuple[list[tuple[int, int]], int]:
+        """Leave all that the delta has durably in its map, in both slots, and count those apart who read later.
+
+        Returns what of [start, end) the delta has so, as (offset, length), each within a segment; and up to where was
+        looked. It stays the delta's until the disk is :attr:`restacked`, or made smaller. Raises OSError, CloneFailed.
+        """
+        runs: list[tuple[int, int]] = []
+        with self._changing:
+            delta = self._writable()
+            delta.begin_changes(nowait=False)
+            delta.settle_all()
+            with self._counting:
+                self._past.append(self._era)
+                self._era = Era()
+            for segment in range(start // SEGMENT_SIZE, start // SEGMENT_SIZE + MOST_SEGMENTS):
+                origin = segment * SEGMENT_SIZE
+                stop = min(end, origin + SEGMENT_SIZE)
+                if start >= end or len(runs) >= MOST_RUNS:
+                    break
+                owners = bytes(self._owners_of(self._chain, segment, nowait=False))
+                if delta.settled(segment):
+                    for run in RUN.finditer(owners, (start - origin) >> BLOCK_SHIFT, block_count(stop - origin)):
+                        if run[0][0] == self._top:
+                            runs.append((origin + (run.start() << BLOCK_SHIFT), len(run[0]) << BLOCK_SHIFT))
+                start = stop
+        return runs, start
+
+    def past_is_over(self) -> bool:
+        """Is nobody reading any more, in a thread, who began before the last :meth:`settle_hidden` or drop?"""
+        with self._counting:
+            self._past = [era for era in self._past if era.readers]
+            return not self._past
+
     def punch_dropped(self, segment: int) -> bool:
         """Give back what space of the delta's file, in one segment, is that of blocks which are not the delta's.
 
@@ -275,10 +317,8 @@ class Clone(WritableDisk):
         last drop. Raises OSError, CloneFailed.
         """
         with self._changing:
-            with self._counting:
-                self._past = [era for era in self._past if era.readers]
-                if self._past:
-                    return False
+            if not self.past_is_over():
+                return False
             delta = self._writable()
             delta.begin_changes(nowait=False)
             owners = bytes(self._owners_of(self._chain, segment, nowait=False))

@@ -27,6 +27,8 @@ class Changeable(Protocol):
 
     def change(self, step: Callable[[], T]) -> T: ...
 
+    def change_here(self, step: Callable[[], T]) -> T: ...
+
 
 class Piece(NamedTuple):
     """A stretch of the disk with this many bytes of data and of holes to be copied."""
@@ -58,12 +60,18 @@ def pieces(clone: Clone, origin: int | None = None) -> Iterator[Piece]:
 
 
 def copy_up_all(
-    opened: Changeable, what: str, *, origin: int | None = None, holes: bool = False
+    opened: Changeable,
+    what: str,
+    *,
+    origin: int | None = None,
+    holes: bool = False,
+    copied: Callable[[int, int], None] = lambda data, end: None,
 ) -> Generator[tuple[int, int], None, int]:
     """Copy up all that is read from beneath, or from one layer, in steps; yields and returns bytes.
 
     Raises StorageError if there is no room for it: before anything was done, or, if there is less by then, with what
-    was copied left in place: nothing is lost by that, and it is not copied again.
+    was copied left in place: nothing is lost by that, and it is not copied again. ``copied`` is told after each step
+    how many bytes of data that took, and up to where nothing is left.
     """
     clone = opened.clone
     total = sum(piece.data + (piece.holes if holes else 0) for piece in pieces(clone, origin))
@@ -76,6 +84,7 @@ def copy_up_all(
                 done += opened.change(step)
             except OSError as error:
                 raise StorageError(f"{what}: {error.strerror}; nothing is lost, and it can be done again") from error
+            copied(piece.data, piece.offset + piece.length)
             yield min(done, total), total
     return done
 

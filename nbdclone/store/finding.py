@@ -38,6 +38,7 @@ KINDS = frozenset(
         "orphan",
         "layer-missing",
         "layer-other",
+        "layer-going",
         "cycle",
         "not-sealed",
         "snapshot-damaged",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, field
 
-from nbdclone.errors import NameTaken, NBDCloneError, NotFound, UsageError
+from nbdclone.errors import InUse, NameTaken, NBDCloneError, NotFound, UsageError
 from nbdclone.store.changes import identity_of, owned_ranges
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import NO_PARENT, Header
@@ -129,6 +129,8 @@ def _open_layer(places: Places, layer_id: bytes) -> list[Layer] | None:
     except NotFound:
         return None
     try:
+        if places.is_going(layer_id):  # looked at when it is open, as in open_top
+            raise InUse(f"{what} is being merged into what is above it, as its snapshot was removed: try again later")
         return [*open_beneath(places, what, top.header), top]
     except BaseException:
         top.close()

@@ -342,6 +342,10 @@ class FileSystem:
         except OSError as error:
             raise locks.no_locks(error, path) or error from None
 
+    def is_alone(self, fd: int) -> bool:
+        """Is this the only descriptor with a lock on the file, as far as can be told? False where it cannot."""
+        return locks.is_alone(fd)
+
     @contextlib.contextmanager
     def exclusively(self, path: str | Path) -> Iterator[None]:
         """Hold the lock file at ``path`` (made when missing), waiting for it: for critical sections that are short."""

@@ -49,6 +49,10 @@ _UNKNOWN = frozenset(("9p", "afs", "cifs", "prl_fs", "smb3", "vboxsf", "virtiofs
 _LOCAL = frozenset(("nolock", "local_lock=flock", "local_lock=all", "localflock", "localflocks", "nobrl"))
 
 
+# How many threads serve NFS here.
+_NFS_THREADS = Path("/proc/fs/nfsd/threads")
+
+
 class Mount(NamedTuple):
     """A line of /proc/self/mountinfo (man 5 proc)."""
 
@@ -113,6 +117,27 @@ def _require_no_reader(fd: int, remote: bool) -> None:
     found = _RECORD.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _RECORD.pack(fcntl.F_WRLCK, 0, _BYTE, 1, 0)))
     if found[0] != fcntl.F_UNLCK:
         raise BlockingIOError(errno.EAGAIN, "another machine has it")
+
+
+def is_alone(fd: int) -> bool:
+    """Has nobody else so much as a shared lock? A lock of our own stays as it is.
+
+    False wherever other machines may have the file too: what they have read of others stays in their caches.
+    """
+    mount = mount_of(os.fstat(fd).st_dev)
+    if (mount is not None and mount.is_shared) or _serves_nfs():
+        return False
+    try:
+        _require_no_reader(fd, remote=False)
+    except OSError:
+        return False
+    return True
+
+
+def _serves_nfs() -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return int(_NFS_THREADS.read_text(encoding="ascii")) > 0
+    return False
 
 
 def _is_delegated(fd: int) -> bool:

@@ -18,21 +18,23 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from nbdclone.errors import NBDCloneError, NotFound
 from nbdclone.store.clone import Clone
 from nbdclone.store.copying import copy_up_all
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import NO_PARENT, Header, as_origin
+from nbdclone.store.giving_back import GivingBack
 from nbdclone.store.layer_manifest import adding_blocks
 from nbdclone.store.opening import open_beneath
 from nbdclone.store.places import Places
 from nbdclone.store.removal import collect
 from nbdclone.store.sealed import Sealed
+from nbdclone.store.snapshots import origin_of
 
 if TYPE_CHECKING:
-    from nbdclone.control.verbs import Steps, Target
+    from nbdclone.control.verbs import Opened, Steps, Target
 
 T = TypeVar("T")
 
@@ -46,17 +48,20 @@ class Merge(NamedTuple):
 
 
 class _Above(NamedTuple):
-    """What is over the layers of a pool."""
+    """What is over the layers of a pool: names of snapshots, and those that stand right on them, (id, clone's name).
+
+    The id of a clone's own delta counts as named: a snapshot that was cut off has made a layer of it.
+    """
 
     children: dict[bytes, list[tuple[bytes, str | None]]]
-    named: set[bytes]
+    named: dict[bytes, list[str]]
     headers: dict[str, Header]  # of the clones
 
 
-def _look(places: Places) -> _Above:
+def look(places: Places) -> _Above:
     """Raises what makes a header unreadable: then nobody knows what it needs."""
     children: dict[bytes, list[tuple[bytes, str | None]]] = {}
-    named: set[bytes] = set()
+    named: dict[bytes, list[str]] = {}
     headers: dict[str, Header] = {}
     for name in places.names_in(places.clones):
         try:
@@ -66,8 +71,9 @@ def _look(places: Places) -> _Above:
                 raise
             continue  # it was removed just now
         children.setdefault(header.parent_id, []).append((header.id, name))
-        named |= {snapshot.layer for snapshot in places.snapshots(name, header.id).values()}
-        named.add(header.id)
+        for snapshot, record in places.snapshots(name, header.id).items():
+            named.setdefault(record.layer, []).append(f"{name}@{snapshot}")
+        named.setdefault(header.id, []).append(name)
     own = {header.id for header in headers.values()}  # a snapshot that was cut off has given one a second name
     for layer_id in set(places.layer_ids()) - own:
         with contextlib.suppress(NotFound):
@@ -80,7 +86,7 @@ def find_merges(places: Places) -> list[Merge]:
     """What is to be done in the pool. Raises StorageError and its children."""
     if not places.layer_ids():
         return []
-    above = _look(places)
+    above = look(places)
     return [
         Merge(layer_id, *children[0])
         for layer_id in places.layer_ids()
@@ -92,7 +98,7 @@ def is_work(places: Places) -> bool:
     """Is there a layer without a name that could be merged, or that nobody needs? Raises StorageError, its children."""
     if not places.layer_ids():
         return False
-    above = _look(places)
+    above = look(places)
     return any(
         layer_id not in above.named and len(above.children.get(layer_id, [])) < 2 for layer_id in places.layer_ids()
     )
@@ -153,8 +159,14 @@ def merge_into(target: Target, name: str, layer: str) -> Steps:
             beneath = clone.layers[-2] if top > 1 else None
             if not isinstance(beneath, Sealed) or beneath.header.id != layer_id or not _is_due(places, merge):
                 return {"name": name, "merged": False, "copied": copied}
+            _name_origin(places, opened, layer_id)
+            giving = GivingBack(places, opened, layer_id, partial(_is_due, places, merge))
             copied += yield from copy_up_all(
-                opened, f"removing a snapshot beneath '{name}'", origin=top - 1, holes=True
+                opened,
+                f"removing a snapshot beneath '{name}'",
+                origin=top - 1,
+                holes=True,
+                copied=giving.copied,
             )
             # Both slots of the map: the layer is about to go.
             clone.delta.settle_all()
@@ -165,11 +177,20 @@ def merge_into(target: Target, name: str, layer: str) -> Steps:
     return {"name": name, "merged": True, "copied": copied}
 
 
+def _name_origin(places: Places, opened: Opened, layer_id: bytes) -> None:
+    """Let the clone that is right over the layer, and would be reset to it, be reset to what is beneath that."""
+    delta = opened.clone.delta
+    with places.changing():
+        if origin_of(delta.header) == layer_id:
+            lower = as_origin(places.header(places.layer(layer_id)).parent_id)
+            opened.change(lambda: delta.change_header(origin=lower))
+
+
 def _reparent(places: Places, clone: Clone, seen: int, layer_id: bytes) -> bool:
     """Nobody changes the clone. False: a snapshot or the like came between."""
     if clone.restacked != seen:
         return False
-    clone.delta.change_header(**_header_over(clone.delta.header, places.header(places.layer(layer_id))))
+    clone.delta.change_header(**header_over(clone.delta.header, places.header(places.layer(layer_id))))
     return True
 
 
@@ -220,6 +241,9 @@ class _Alone:
     def change(self, step: Callable[[], T]) -> T:
         return step()
 
+    def change_here(self, step: Callable[[], T]) -> T:
+        return step()
+
 
 def merge_layers(places: Places, merge: Merge) -> Steps:
     """Merge a layer into its only child, which is a layer too. Raises InUse if either is being merged already."""
@@ -234,15 +258,19 @@ def merge_layers(places: Places, merge: Merge) -> Steps:
         with Clone(what, [*layers, delta], places.fs) as clone:
             if not _is_due(places, merge):
                 return 0
-            copied = yield from copy_up_all(_Alone(clone), "removing a snapshot", origin=len(layers), holes=True)
+            alone = _Alone(clone)
+            giving = GivingBack(places, alone, merge.layer, partial(_is_due, places, merge))
+            copied = yield from copy_up_all(
+                alone, "removing a snapshot", origin=len(layers), holes=True, copied=giving.copied
+            )
             delta.settle_all()
             # A power cut from now on: all that the layer has is durably its child's, in both slots of its map.
             with places.changing():
-                delta.change_header(**_header_over(delta.header, places.header(places.layer(merge.layer))))
+                delta.change_header(**header_over(delta.header, places.header(places.layer(merge.layer))))
     return copied
 
 
-def _header_over(header: Header, merged: Header) -> dict[str, object]:
+def header_over(header: Header, merged: Header) -> dict[str, Any]:
     """What changes in a header when the parent is merged into it: it is over the parent's parent then."""
     seen = [overlap for overlap in (header.overlap, merged.overlap) if overlap is not None]
     return {
@@ -263,7 +291,7 @@ def _lower_origins(target: Target, layer_id: bytes) -> Steps:
     places = target.pool.places
     lower = places.header(places.layer(layer_id)).parent_id
     lowered = []
-    for name, header in _look(places).headers.items():
+    for name, header in look(places).headers.items():
         if header.origin == layer_id:
             yield from target.run("relayer", {"name": name, "origin": layer_id.hex(), "lower": lower.hex()})
             lowered.append(name)
@@ -273,7 +301,7 @@ def _lower_origins(target: Target, layer_id: bytes) -> Steps:
 
 
 def _clones_above(places: Places, layer_id: bytes) -> Iterator[str]:
-    above = _look(places)
+    above = look(places)
     found, waiting = [], [layer_id]
     while waiting:
         for child, clone in above.children.get(waiting.pop(), []):

@@ -277,6 +277,8 @@ def _commit(places: Places, clone: Clone, seen: int, move: Move) -> None:
     if not places.fs.still_there(path, places.fs.fstat(delta.fd)):
         raise InUse(f"'{clone.name}' was removed or renamed meanwhile: ask again")
     _require_over(move, clone.name, delta.header)
+    if places.is_going(move.target):  # a layer that was hoisted, and that whoever made it has let go of
+        raise InUse(f"what '{clone.name}' was to stand on is being merged into another clone: ask again")
     # A power cut in here: the old header or the new one, and the delta fits both.
     delta.change_header(**changes_of(delta.header, move.renewed(delta.header)))
 

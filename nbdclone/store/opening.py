@@ -39,10 +39,10 @@ def open_snapshot(places: Places, name: str) -> list[Layer]:
     what = f"snapshot '{name}'"
     layer_id = places.snapshot(name).layer
     try:
-        top = open_layer(places, layer_id, what)
+        top = open_top(places, layer_id, what)
     except NotFound as error:
         places.snapshot(name)  # or it was removed just now
-        raise StorageError(f"{what} is refused: its layer is missing ({places.layer(layer_id)})") from error
+        raise StorageError(f"{what} is refused: {error}") from error
     return with_beneath(places, what, top)
 
 
@@ -61,6 +61,18 @@ def open_layer(places: Places, layer_id: bytes, what: str) -> Sealed:
     if layer.header.id != layer_id:
         layer.close()
         raise CorruptDelta(str(layer.path), f"{what}: another delta stands there, {layer.header.id.hex()}")
+    return layer
+
+
+def open_top(places: Places, layer_id: bytes, what: str) -> Sealed:
+    """A layer that is to be read without what is above it. Raises what :func:`open_layer` does, NotFound also if it is
+    not whole any more.
+    """
+    layer = open_layer(places, layer_id, what)
+    # Looked at when it is open: from then on nothing is punched in it (see :mod:`nbdclone.store.giving_back`).
+    if places.is_going(layer_id):
+        layer.close()
+        raise NotFound(f"{what}: layer {layer_id.hex()} is being merged into what is above it, and not whole any more")
     return layer
 
 

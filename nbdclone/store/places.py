@@ -2,6 +2,7 @@
 
     POOL/bases/NAME/{image,manifest,base.json}
     POOL/layers/ID/delta              a sealed delta; its id in hex
+    POOL/layers/ID/going              it is merged, and its space is given back already
     POOL/clones/NAME/delta
     POOL/clones/NAME/snapshots/NAME   which layer that is, in JSON
     POOL/settings.toml   what a server of it obeys; written by people, and optional
@@ -39,6 +40,8 @@ SETTINGS = "settings.toml"
 # The names of a clone's snapshots, in its directory; and how long it is to live, if it is not to stay.
 SNAPSHOTS = "snapshots"
 EPHEMERAL = "ephemeral"
+# Beside a layer that is merged, and whose space is given back already: it is not to be read without what is above it.
+GOING = "going"
 # Held, in a directory of ``.tmp``, by whoever makes something there.
 STAGING_LOCK = ".lock"
 CONTROL_SOCKET = ".control"
@@ -123,6 +126,10 @@ class Places:
     def layer(self, layer_id: bytes) -> Path:
         """Where the layer of that id has its file, if there is one."""
         return self.layers / layer_id.hex() / "delta"
+
+    def is_going(self, layer_id: bytes) -> bool:
+        """May the layer get no name any more, and nothing be put on it? See :mod:`nbdclone.store.giving_back`."""
+        return self.layer(layer_id).with_name(GOING).exists()
 
     def layer_ids(self) -> list[bytes]:
         """Of all that are in the directory of layers, those too that do not count (see :meth:`snapshots`)."""

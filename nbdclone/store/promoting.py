@@ -11,7 +11,7 @@ from nbdclone.store.clone import Clone
 from nbdclone.store.exporting import raw_steps
 from nbdclone.store.importing import make_base
 from nbdclone.store.names import split_name, validate_name
-from nbdclone.store.opening import open_layer, with_beneath
+from nbdclone.store.opening import open_top, with_beneath
 from nbdclone.store.places import Places
 
 if TYPE_CHECKING:
@@ -42,12 +42,12 @@ def promote(target: Target, name: str, new: str) -> Steps:
 
 def sealed(places: Places, target: Target, clone: str) -> Generator[tuple[int, int], None, Clone]:
     """What the clone is now, open. Nothing names the layer that is made for it: whatever becomes of us, it is merged
-    again, and may be as soon as it is there: so that once in a while it is gone before it is opened.
+    again, and may be as soon as it is there: so that once in a while it is gone, or on its way, before it is opened.
     """
     while True:
         made = yield from target.run("seal", {"name": clone})
         with contextlib.suppress(NotFound, InUse):
-            top = open_layer(places, bytes.fromhex(made["layer"]), f"clone '{clone}'")
+            top = open_top(places, bytes.fromhex(made["layer"]), f"clone '{clone}'")
             return Clone(clone, with_beneath(places, f"clone '{clone}'", top), places.fs)
 
 

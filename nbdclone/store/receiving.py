@@ -278,6 +278,10 @@ class Receiving:
                 plan.adds, plan.new_base, plan.here, plan.parent,
             ):  # fmt: skip
                 raise UsageError("the pool was changed while the stream was received: 'nbdclone receive --token'")
+            if own is not None and any(
+                places.is_going(Snapshot.load(record, fs).layer) for record in (own / SNAPSHOTS).iterdir()
+            ):
+                raise UsageError("the pool was changed while the stream was received: 'nbdclone receive --token'")
             header = require_unchanged(places, plan, force=self._force) if plan.adds else None
             if plan.new_base is not None:
                 fs.rename(self._draft.path / "base", places.bases / plan.new_base)
@@ -360,7 +364,8 @@ class Receiving:
         for layer in self.head.layers:
             if not layer.snapshot or layer.snapshot in known:
                 continue
-            if not self._places.layer(layer.id).exists() and not self._is_drafted(layer.id):
+            here = self._places.layer(layer.id).exists() and not self._places.is_going(layer.id)
+            if not here and not self._is_drafted(layer.id):
                 continue  # it was merged into the next here, or was never wanted
             draft = self._draft.path / uuid.uuid4().hex
             fd = fs.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)

@@ -77,6 +77,12 @@ class Sealed:
     def paint(self, segment: int, owners: bytes, index: int, nowait: bool) -> bytes:
         return paint_delta(segment, owners, self._map.read(segment, nowait).bitmap, index, self.header.overlap)
 
+    def is_alone(self) -> bool:
+        """Has one chain of this process it, and nobody else? Who opens it after this was asked, may come at once."""
+        with _opening:
+            alone = self._users == 1
+        return alone and self._fs.is_alone(self.fd)
+
     def close(self) -> None:
         with _opening:
             self._users -= 1

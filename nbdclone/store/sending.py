@@ -21,7 +21,8 @@ from nbdclone.store.clone import Clone
 from nbdclone.store.delta_file import NO_PARENT
 from nbdclone.store.fs import FileSystem, data_and_holes
 from nbdclone.store.image import Image
-from nbdclone.store.layer import BLOCK_SIZE, SEGMENT_SIZE, Layer
+from nbdclone.store.layer import BLOCK_SIZE, NOWHERE, SEGMENT_SIZE, Layer
+from nbdclone.store.merging import header_over
 from nbdclone.store.names import split_name, validate_snapshot_name
 from nbdclone.store.opening import open_disk
 from nbdclone.store.places import Places
@@ -142,7 +143,7 @@ class Sending:
 
 def _describe(
     places: Places, disk: Clone, parent: bytes | None, parent_name: str, with_base: bool
-) -> tuple[Head, Sequence[Layer]]:
+) -> tuple[Head, Sequence[Layer | _Merged]]:
     """The head of the stream, and the layers of its sections."""
     clone = split_name(disk.name)[0]
     bottom = disk.layers[0]
@@ -163,12 +164,12 @@ def _describe(
         raise UsageError(f"'{disk.name}' and '{parent_name}' are the same: there is nothing to send")
     else:
         raise UsageError(f"'{parent_name or parent.hex()}' is not beneath '{disk.name}': see 'nbdclone tree'")
-    sent = [layer for layer in disk.layers[first:] if isinstance(layer, Sealed)]
-    assert len(sent) == len(disk.layers) - first
+    sent = _as_merged(places, disk.layers[first:])
     names = {snapshot.layer: name for name, snapshot in places.snapshots(clone).items()}
     names[ids[-1]] = split_name(disk.name)[1] or ""  # of two names for it, the one that was asked for
-    sections: list[Layer] = [image, *sent] if with_base and image else [*sent]
-    expected = sum(places.fs.fstat(layer.fd).st_blocks * 512 for layer in sections)
+    sections: list[Layer | _Merged] = [image, *sent] if with_base and image else [*sent]
+    fds = [layer.fd for section in sections for layer in (section.parts if isinstance(section, _Merged) else [section])]
+    expected = sum(places.fs.fstat(fd).st_blocks * 512 for fd in fds)
     head = Head(
         clone=clone,
         created=time.time_ns(),
@@ -192,6 +193,42 @@ def _describe(
     return head, sections
 
 
+class _Merged:
+    """Layers whose merge is under way, as the one on top will be: the others may be read only through it."""
+
+    def __init__(self, parts: Sequence[Sealed], fs: FileSystem) -> None:
+        self.parts = parts
+        self.size = parts[-1].size
+        self.header = parts[-1].header
+        for part in reversed(parts[:-1]):
+            self.header = replace(self.header, **header_over(self.header, part.header))
+        self.disk = Clone("layers", parts, fs)  # not closed: the layers are those of the disk that is sent
+
+    def runs(self, begin: int) -> Iterator[tuple[int, int, bool]]:
+        """What any of them holds, as :func:`_runs_of`."""
+        offset = begin
+        while offset < self.size:
+            stop = min(self.size, offset - offset % SEGMENT_SIZE + SEGMENT_SIZE)
+            for extent in self.disk.extents(offset, stop - offset):
+                if extent.origin != NOWHERE:
+                    yield offset, extent.length, extent.hole
+                offset += extent.length
+
+
+def _as_merged(places: Places, layers: Sequence[Layer]) -> list[Sealed | _Merged]:
+    """The layers, which are open; one that is merged into the next counts as a part of that."""
+    found: list[Sealed | _Merged] = []
+    parts: list[Sealed] = []
+    for layer in layers:
+        assert isinstance(layer, Sealed)
+        parts.append(layer)
+        if not places.is_going(layer.id):
+            found.append(layer if len(parts) == 1 else _Merged(parts, places.fs))
+            parts = []
+    assert not parts, "a snapshot's layer is going"
+    return found
+
+
 def _snapshot_of_layer(places: Places, layer: bytes) -> str:
     if name := _name_of_layer(places, layer):
         return name
@@ -207,8 +244,11 @@ def _name_of_layer(places: Places, layer: bytes) -> str:
     return ""
 
 
-def _runs_of(layer: Layer, begin: int, fs: FileSystem) -> Iterator[tuple[int, int, bool]]:
-    """The (offset, length, is it a hole?) of all that the layer holds from ``begin`` on."""
+def _runs_of(layer: Layer | _Merged, begin: int, fs: FileSystem) -> Iterator[tuple[int, int, bool]]:
+    """The (offset, length, is it a hole?) of all that the layer holds from ``begin`` on, each within a segment."""
+    if isinstance(layer, _Merged):
+        yield from layer.runs(begin)
+        return
     for offset, length in owned_ranges(layer):
         offset, stop = max(offset, begin), offset + length
         while offset < stop:
@@ -220,8 +260,10 @@ def _runs_of(layer: Layer, begin: int, fs: FileSystem) -> Iterator[tuple[int, in
                 offset = edge - shift
 
 
-def _read(layer: Layer, offset: int, length: int, fs: FileSystem) -> memoryview:
+def _read(layer: Layer | _Merged, offset: int, length: int, fs: FileSystem) -> memoryview:
     """Bytes of the layer's own."""
+    if isinstance(layer, _Merged):
+        return memoryview(layer.disk.pread(length, offset))
     buffer = memoryview(bytearray(length))
     at = 0
     while at < length:

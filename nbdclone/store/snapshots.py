@@ -248,6 +248,8 @@ def _target(places: Places, name: str, header: Header, snapshot: str | None) -> 
         layer = places.snapshot(f"{name}@{snapshot}").layer
         return layer, f"{name}@{snapshot}", places.header(places.layer(layer)).size
     origin = origin_of(header)
+    while places.is_going(origin):  # a power cut brought back what was lowered
+        origin = as_origin(places.header(places.layer(origin)).parent_id)
     if origin == NO_ORIGIN:
         raise UsageError(f"'{name}' was not made from anything that is still there: it cannot be reset")
     if places.layer(origin).exists():

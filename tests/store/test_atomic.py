@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 from powercut import stamp
@@ -25,6 +26,7 @@ from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import place_of
 from nbdclone.store.finding import WRONG
 from nbdclone.store.fs import FileSystem
+from nbdclone.store.giving_back import GivingBack
 from nbdclone.store.image import BaseRecord, fingerprint_of, read_manifest
 from nbdclone.store.layer_manifest import forget_manifest
 from nbdclone.store.pool import Pool
@@ -106,15 +108,21 @@ def compact(pool: Pool) -> None:
     run(pool, "compact", name="web1")
 
 
+def merge(pool: Pool) -> None:
+    """Each block is a step of its own, and its space is given back after it."""
+    with mock.patch("nbdclone.store.copying.STEP", 4096), mock.patch("nbdclone.store.giving_back.STRETCH", 1):
+        run(pool, "merge")
+
+
 def merge_into_a_clone(pool: Pool) -> None:
     pool.remove(["web1@first"])
-    run(pool, "merge")
+    merge(pool)
 
 
 def merge_into_a_layer(pool: Pool) -> None:
     pool.snapshot("web1@second")
     pool.remove(["web1@first"])
-    run(pool, "merge")
+    merge(pool)
 
 
 def promote(pool: Pool) -> None:
@@ -473,6 +481,28 @@ def test_a_new_pool_is_durable_up_to_the_directory_that_was_there_before(tmp_pat
 
     Pool.open(tmp_path / "srv" / "disks" / "pool", create=True, fs=Watched())
     assert {tmp_path, tmp_path / "srv", tmp_path / "srv" / "disks", tmp_path / "srv" / "disks" / "pool"} <= set(synced)
+
+
+def test_it_is_noticed_if_space_is_given_back_before_the_map_is_durable(
+    root: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    giving_back = 0
+    give_back, settle = GivingBack._give_back, Delta.settle_all
+
+    def count(self: GivingBack, end: int) -> None:
+        nonlocal giving_back
+        giving_back += 1
+        try:
+            give_back(self, end)
+        finally:
+            giving_back -= 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GivingBack, "_give_back", count)
+        patch.setattr(Delta, "settle_all", lambda self: None if giving_back else settle(self))
+        patch.setattr(Delta, "settled", lambda self, segment: True)
+        with pytest.raises(AssertionError, match="state"):
+            cut_power_at_every_step(root, memory, OPERATIONS["merge into a clone"], STATES_TO_NOTICE)
 
 
 UNSAFE = {

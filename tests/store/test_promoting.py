@@ -82,7 +82,7 @@ def test_cut_off_after_any_step_there_is_no_base_and_no_name_that_nobody_gave(we
 def test_what_is_merged_before_it_is_opened_is_made_again(web1: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by the background of a server, which sees a layer without a name."""
     before = read(web1, "web1")
-    real, calls = promoting.open_layer, 0
+    real, calls = promoting.open_top, 0
 
     def merged_first(*args: Any) -> Any:
         nonlocal calls
@@ -91,7 +91,7 @@ def test_what_is_merged_before_it_is_opened_is_made_again(web1: Pool, monkeypatc
             drive(steps(web1, "merge"))
         return real(*args)
 
-    monkeypatch.setattr(promoting, "open_layer", merged_first)
+    monkeypatch.setattr(promoting, "open_top", merged_first)
     drive(steps(web1, "promote", name="web1", new="golden"))
     assert calls == 2
     assert read(web1, "golden") == before
