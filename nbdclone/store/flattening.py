@@ -48,7 +48,8 @@ def flatten(target: Target, name: str) -> Steps:
         while clone.delta.header.parent_id != NO_PARENT or len(clone.layers) > 1:
             seen = clone.restacked
             copied += yield from copy_up_all(opened, f"flatten '{name}'")
-            opened.flush()
+            # Both slots of the map: a page that rots later must not let zeros be seen where the base was.
+            clone.delta.settle_all()
             # A power cut from now on: all that has data beneath is durably the delta's, whatever the header says.
             with places.changing():  # before it is our turn to change the clone, as everywhere
                 cut = opened.change(partial(_cut, clone, seen))

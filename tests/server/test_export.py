@@ -26,6 +26,7 @@ from nbdclone.server import input as input_module
 from nbdclone.server.reading import MAX_TOGETHER
 from nbdclone.store.layer import BLOCK_SIZE
 from nbdclone.store.pool import Pool
+from nbdclone.store.writing import PIECE_SIZE
 
 
 @pytest.fixture
@@ -238,8 +239,8 @@ async def test_writes_that_waited_for_one_in_a_thread_do_not_go_through_threads_
         passed = disk.writes.passed
         disk.writes.open()
         assert [(await peer.reply()).cookie for _ in range(201)] == [*range(1, 202)]
-        # The large one with its marks; and one more after each MAX_ATTEMPTS, for the sake of the others.
-        assert disk.writes.passed - passed <= 3 + 200 // export.MAX_ATTEMPTS
+        # The large one in its pieces, with its marks; and one more after each MAX_ATTEMPTS, for the sake of the others.
+        assert disk.writes.passed - passed <= 2 * MIB // PIECE_SIZE + 2 + 200 // export.MAX_ATTEMPTS
         passed = disk.writes.passed
         assert (await peer.run(CMD_WRITE, 0, payload=b"3" * 4096)).error == 0
         assert disk.writes.passed == passed

@@ -506,7 +506,7 @@ def test_it_is_noticed_if_space_is_given_back_before_the_map_is_durable(
 
 
 UNSAFE = {
-    "flatten": ("nbdclone.store.clone.Clone.flush", lambda self: None),
+    "flatten": ("nbdclone.store.delta.Delta.settle_all", lambda self: None),
     "merge into a clone": ("nbdclone.store.delta.Delta.settle_all", lambda self: None),
 }
 

@@ -138,15 +138,15 @@ MUTATIONS = {
     "blocks are marked before they are written": Mutation(
         Clone,
         "_store",
-        "            written = self._pwrite(",
-        "            self._take(segment, first, first + count)\n            written = self._pwrite(",
+        "            if length <= PIECE_SIZE:",
+        "            self._take(segment, first, first + count)\n            if length <= PIECE_SIZE:",
     ),
     "touched is said before the write": Mutation(
         Clone,
         "_store",
-        "            written = self._pwrite(",
+        "            if length <= PIECE_SIZE:",
         "            delta.touched = lambda: None\n            Delta.touched(delta)\n"
-        "            written = self._pwrite(",
+        "            if length <= PIECE_SIZE:",
     ),
     "touched is not said": Mutation(Clone, "_store", STORED, STORED.replace("delta.touched()", "pass")),
     "a part of a block that is written is not said": Mutation(
