@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -59,9 +60,10 @@ class Load:
         self.name = name
         self._log = directory / f"fio-{name}"
         self._output = directory / f"fio-{name}.json"
+        # One process: fio's own would outlive it, and say without end that its server has gone.
         command = [
-            program("fio"), "--name=load", "--ioengine=nbd", f"--uri={uri}", "--rw=randrw", f"--iodepth={depth}",
-            "--do_verify=1", f"--verify_backlog={BACKLOG}", f"--rate_iops={rate}", "--randrepeat=0", "--time_based",
+            program("fio"), "--thread", "--name=load", "--ioengine=nbd", f"--uri={uri}", "--rw=randrw",
+            f"--iodepth={depth}", "--do_verify=1", f"--verify_backlog={BACKLOG}", f"--rate_iops={rate}", "--randrepeat=0", "--time_based",
             "--runtime=3600", *_VERIFY, "--log_unix_epoch=1", f"--write_lat_log={self._log}",
             "--output-format=json", f"--output={self._output}",
         ]  # fmt: skip
@@ -80,6 +82,10 @@ class Load:
     def require_running(self) -> None:
         """It ends by itself only when something is wrong."""
         assert self._process.poll() is None, f"fio of '{self.name}' has ended"
+
+    def wait_for_enough(self) -> None:
+        """Go on for as long as it takes to verify something."""
+        time.sleep(2 * BACKLOG / RATE)
 
     def end(self) -> dict[str, Any]:
         """Stop; what fio has to say of it. AssertionError if there was any error."""

@@ -376,6 +376,7 @@ def test_the_space_of_a_layer_comes_back_while_it_is_merged_under_writers_and_ki
                 found = asyncio.run(watch(uri, layer, lambda now: not now))
                 assert len(found) > 4, "nothing came back before the end"
                 assert found == sorted(found, reverse=True)
+                load.wait_for_enough()
                 load.end()
         exported = tmp_path / "exported.raw"
         nbdclone("--pool", pool, "export", "one", exported)
