@@ -63,9 +63,9 @@ class Load:
         # One process: fio's own would outlive it, and say without end that its server has gone.
         command = [
             program("fio"), "--thread", "--name=load", "--ioengine=nbd", f"--uri={uri}", "--rw=randrw",
-            f"--iodepth={depth}", "--do_verify=1", f"--verify_backlog={BACKLOG}", f"--rate_iops={rate}", "--randrepeat=0", "--time_based",
-            "--runtime=3600", *_VERIFY, "--log_unix_epoch=1", f"--write_lat_log={self._log}",
-            "--output-format=json", f"--output={self._output}",
+            f"--iodepth={depth}", "--do_verify=1", f"--verify_backlog={BACKLOG}", f"--rate_iops={rate}",
+            "--randrepeat=0", "--time_based", "--runtime=3600", *_VERIFY, "--log_unix_epoch=1",
+            f"--write_lat_log={self._log}", "--output-format=json", f"--output={self._output}",
         ]  # fmt: skip
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=directory)
 

@@ -31,8 +31,8 @@ LONGEST_TO_KILL_S = 0.8
 class Further(Plans):
     """Further plans."""
 
-    def __init__(self, directory: Path, seed: int) -> None:
-        super().__init__(directory, seed)
+    def __init__(self, directory: Path, seed: int, merges: bool = False) -> None:
+        super().__init__(directory, seed, merges)
         self.other = directory / "backup"
         self.backups: dict[str, bytes] = {}
         """The snapshots in the other pool."""
