@@ -183,7 +183,10 @@ def qemu_nbd(directory: Path, top: Path, depth: int) -> Iterator[tuple[int, str]
 def measure(directory: Path, seconds: float, size: int) -> dict[tuple[str, int], Figures]:
     """All of it: (server, depth) to the medians."""
     image = directory / "image.raw"
-    image.write_bytes(random.Random(0).randbytes(size))
+    rng = random.Random(0)
+    with open(image, "wb") as file:
+        for _ in range(0, size, 1 << 20):
+            file.write(rng.randbytes(1 << 20))
     pool = make_pool(directory, image, size)
     found: dict[tuple[str, int], list[Figures]] = {}
     with contextlib.ExitStack() as held:

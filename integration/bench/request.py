@@ -37,6 +37,8 @@ from nbdclone.protocol.wire import CMD_READ, CMD_WRITE, REQUEST, REQUEST_MAGIC, 
 SIZE = 1 << 30
 TRACED_BATCHES = 200
 SYSTEM_CALLS = re.compile(r"^\s*[\d.]+\s+[\d.]+\s+\d+\s+(\d+)\s+(?:\d+\s+)?(\w+)$", re.MULTILINE)
+# So many blocks that were never written are left for the counting of system calls.
+KEPT_FRESH = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ class Sender:
             self._step(handshake)
         self._buffer = bytearray(1 << 20)
         self._payload = random.Random(0).randbytes(256 << 10)
-        self._fresh = iter(random.Random(0).sample(range(SIZE // 4096), SIZE // 4096))
+        self.fresh = random.Random(0).sample(range(SIZE // 4096), SIZE // 4096)
 
     def _step(self, handshake: ClientHandshake) -> None:
         while handshake.next_event() is None and not handshake.finished:
@@ -99,7 +101,7 @@ class Sender:
         payload = self._payload[: kind.length] if kind.command == CMD_WRITE else b""
         for cookie in range(kind.count):
             # What is rewritten lies in the first eighth of the disk.
-            place = next(self._fresh) if kind.first else choice.randrange(SIZE // 8 // kind.length)
+            place = self.fresh.pop() if kind.first else choice.randrange(SIZE // 8 // kind.length)
             message += REQUEST.pack(REQUEST_MAGIC, 0, kind.command, cookie, place * kind.length, kind.length) + payload
         self._sock.sendall(message)
         left = kind.count * (SIMPLE_REPLY.size + (kind.length if kind.command == CMD_READ else 0))
@@ -122,7 +124,7 @@ def measure(pid: int, sender: Sender, kind: Kind, seconds: float) -> Cost:
     end = time.monotonic() + seconds
     batches = 0
     before = spent(pid)
-    while time.monotonic() < end:
+    while time.monotonic() < end and not (kind.first and len(sender.fresh) < KEPT_FRESH):
         sender.run(kind, choice)
         batches += 1
     after = spent(pid)
