@@ -16,7 +16,7 @@ from integration.fairness import KINDS, QUIET, Quiet, Raw, greedy, percentile, r
 from integration.served import Served, make_pool, served
 from nbdclone.protocol.wire import Command
 
-SECONDS = 0.5
+SECONDS = 0.3
 TRIES = 3
 # Of what a quiet client feels while the greedy one is at work on another server, for that takes the processor too. A
 # client of 1,024 cold reads made it 28 ms before there were turns.
