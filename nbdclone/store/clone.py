@@ -121,12 +121,17 @@ class Clone(WritableDisk):
                 self._use(Chain([*layers, delta]))
                 gone = (*old.retired, *old.layers[:-1])
                 old.retired = gone if old.readers else ()
+                self._left = [chain for chain in (*self._left, old) if chain.retired]
                 self.restacked += 1
             if not old.readers:
                 for layer in gone:
                     layer.close()
         finally:
             self._changing.release()
+
+    def has_let_go(self) -> bool:
+        """Are the layers closed that were exchanged, for nobody reads through them any more?"""
+        return not any(chain.retired for chain in self._left)
 
     # What the delta owns
 

@@ -96,6 +96,7 @@ class Disk:
         self._counting = threading.Lock()
         self._era = Era()
         self._past: list[Era] = []  # eras before, as far as they have readers
+        self._left: list[Chain] = []  # chains before, as far as they have
         # How often blocks came to be read from another layer than before, by no write: who works on all of them in
         # steps sees by it that he has to look once more.
         self.restacked = 0
@@ -211,9 +212,10 @@ class Disk:
                 era.readers -= 1
                 chain.readers -= 1
                 retired = () if chain.readers else chain.retired
-                chain.retired = () if retired else chain.retired
-            for layer in retired:
+            for layer in retired:  # nobody comes any more: it is not the disk's chain
                 layer.close()
+            if retired:
+                chain.retired = ()
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[tuple[Layer, ...]]:

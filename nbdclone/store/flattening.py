@@ -17,6 +17,7 @@ from nbdclone.errors import UsageError
 from nbdclone.store.clone import Clone
 from nbdclone.store.copying import copy_up_all
 from nbdclone.store.delta_file import NO_PARENT
+from nbdclone.store.moving import wait_for_readers
 from nbdclone.store.names import split_name
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def flatten(target: Target, name: str) -> Steps:
                 cut = opened.change(partial(_cut, clone, seen))
             if cut:
                 opened.change_here(lambda: clone.relayer([]))
+        wait_for_readers(clone)
         kept = [f"{name}@{snapshot}" for snapshot in places.snapshots(name, clone.delta.header.id)]
     return {"name": name, "was_over": was, "copied": copied, "snapshots_over_it": kept}
 

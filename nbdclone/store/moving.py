@@ -45,6 +45,8 @@ RUNS_AT_ONCE = 128
 DROPPED_AT_ONCE = 4 << 20
 # How long it is waited until a change ends that is under way, before it is tried again to exchange what lies beneath.
 RETRY_S = 0.005
+# A read takes as long as the disk does; who sends a clone, or compares it, reads for as long as that takes.
+READERS_PATIENCE_S = 1.0
 # A move in a file: magic, CRC-32 of the rest; the length of a head in JSON, the head, and for each segment its number
 # (8 bytes) and its bitmap.
 _MAGIC = b"NBDMOVE1"
@@ -319,9 +321,17 @@ def exchange_beneath(opened: Opened, places: Places, layers: Sequence[Layer] | N
             _close(chain)
             raise
         if done:
-            return
+            break
         _close(chain)
         layers = None
+        time.sleep(RETRY_S)
+    wait_for_readers(clone)
+
+
+def wait_for_readers(clone: Clone) -> None:
+    """Until nobody reads through what was exchanged any more: whoever asked for that may want the base removed."""
+    deadline = time.monotonic() + READERS_PATIENCE_S
+    while not clone.has_let_go() and time.monotonic() < deadline:
         time.sleep(RETRY_S)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import threading
@@ -416,6 +417,20 @@ def test_a_clone_that_is_written_meanwhile_has_every_write_and_nothing_of_the_ne
         assert isinstance(disk.layers[0], Image)
         assert disk.layers[0].name == "newer"
     assert read(bases, "web2") == expected
+
+
+@pytest.mark.parametrize(("verb", "arguments"), [("rebase", {"names": ["web2"], "onto": "new"}), ("flatten", {})])
+def test_it_ends_when_those_have_ended_who_read_through_the_old_base(
+    bases: Pool, verb: str, arguments: dict[str, Any]
+) -> None:
+    bases.remove(["web1"])
+    with bases.open_clone("web2") as disk, contextlib.ExitStack() as reading:
+        reading.enter_context(disk.holding())
+        end = threading.Timer(0.2, reading.close)
+        end.start()
+        drive(find_verb(verb).begin(Shared(bases, disk), arguments or {"name": "web2"}))
+        bases.remove(["base"])
+        end.join()
 
 
 @pytest.mark.parametrize("names", [["web1", "web2"], ["web1"]])
