@@ -45,6 +45,9 @@ def rebase(
         return
     for line in result["clones"]:
         print(_line(line, onto, keep_changes))
+    if result["shared"]:
+        now = "would be" if dry_run else "is"
+        print(f"{show_size(result['shared'])} of what they have otherwise than '{onto}' {now} in a layer beneath them")
 
 
 @app.command()

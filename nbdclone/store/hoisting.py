@@ -15,26 +15,23 @@ nobody stands on goes, as those of snapshots that were removed.
 from __future__ import annotations
 
 import contextlib
-import time
-import uuid
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
 from nbdclone.errors import UsageError
 from nbdclone.store.block_sets import ALL_BLOCKS, NO_BLOCKS, both, either, runs_of, to_bitmap, without
-from nbdclone.store.clone import Clone
-from nbdclone.store.delta import Delta
-from nbdclone.store.delta_file import Header, place_of
+from nbdclone.store.common_layer import Piece, make_layer
+from nbdclone.store.delta_file import place_of
 from nbdclone.store.delta_map import DeltaMap
 from nbdclone.store.fs import FileSystem, data_and_holes
 from nbdclone.store.image import Image
 from nbdclone.store.layer import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE, paint_delta
 from nbdclone.store.moving import Move
 from nbdclone.store.rebasing import open_base, part, together
-from nbdclone.store.sealed import Sealed
 from nbdclone.store.sharing import share
 
 if TYPE_CHECKING:
@@ -119,12 +116,14 @@ def hoist(
             return result | {"layer": 0, "clones": [], "after": before}
         if dry_run:
             return result
-        layer = yield from part(_make_layer(places, image, candidates, found, held), 1, 3)
+        size = max(image.size, *(each.size for each in candidates))
+        pieces = _pieces(candidates, found, places.fs)
+        making = make_layer(places, image, size, None, pieces, found.count * BLOCK_SIZE, f"hoist of '{base}'", held)
+        layer = yield from part(making, 1, 3)
         staging = held.enter_context(places.staging())
         bitmaps = {segment: to_bitmap(found.blocks(segment)) for segment in sorted(found.sources)}
-        move = Move(
-            image.record.id, layer.header.id, image.name, image.record.fingerprint, None, bitmaps, inserted=True
-        )
+        record = image.record
+        move = Move(record.id, layer.header.id, record.id, image.name, record.fingerprint, None, bitmaps)
         move.save(staging / "move")
         path = str((staging / "move").relative_to(places.tmp))
         works = [target.run("move-clone", {"name": each.name, "move": path}) for each in moving]
@@ -235,45 +234,16 @@ def _choose(
             candidates[number].owned += own[block]
 
 
-def _make_layer(
-    places: Places, base: Image, candidates: Sequence[_Candidate], found: _Found, held: contextlib.ExitStack
-) -> Generator[tuple[int, int], None, Sealed]:
-    """A layer over the base, of the blocks that were found; open as long as ``held``, so that nobody removes it."""
-    fs, record = places.fs, base.record
-    size = max(base.size, *(each.size for each in candidates))
-    header = Header(uuid.uuid4().bytes, record.id, record.fingerprint, size, time.time_ns(), base.name)
-    buffer = memoryview(bytearray(READ_SIZE))
-    done = 0
-    with places.no_space_left(f"hoist of '{base.name}'"), places.staging() as staging:
-        draft = staging / "layer"
-        fs.mkdir(draft)
-        Delta.create(draft / "delta", header, fs)
-        delta = Delta.open(draft / "delta", "the layer", fs)
-        beneath = Image.open(base.name, base.directory, fs)
-        with Clone("the layer", [beneath, delta], fs) as disk:
-            for segment, sources in sorted(found.sources.items()):
-                for number, each in enumerate(candidates, start=1):
-                    for offset, length in runs_of(_where(sources, number), segment):
-                        for at in range(offset, offset + length, READ_SIZE):
-                            view = buffer[: min(READ_SIZE, offset + length - at)]
-                            fs.pread_all(each.fd, [view], place_of(at >> BLOCK_SHIFT), len(view))
-                            disk.pwrite(view, at)
-                            done += len(view)
-                            yield done, found.count * BLOCK_SIZE
-        fs.sync_directory(draft)
-        with places.changing():
-            if not places.layers.is_dir():
-                fs.mkdir(places.layers)
-                fs.sync_directory(places.path)
-            # Open, and locked, before it has its name: for nobody stands on it yet.
-            layer = Sealed.open(draft / "delta", "the layer", fs)
-            held.callback(layer.close)
-            # All of it is durable: a power cut leaves it there or not there. Then the name is made so, before a header
-            # says it.
-            fs.rename(draft, places.layer(header.id).parent)
-            layer.path = places.layer(header.id)
-            fs.sync_directory(places.layers)
-    return layer
+def _pieces(candidates: Sequence[_Candidate], found: _Found, fs: FileSystem) -> Iterator[Piece]:
+    """What was found, each from the clone that was chosen for it."""
+    for segment, sources in sorted(found.sources.items()):
+        for number, each in enumerate(candidates, start=1):
+            for offset, length in runs_of(_where(sources, number), segment):
+                yield offset, length, partial(_read, fs, each.fd)
+
+
+def _read(fs: FileSystem, fd: int, view: memoryview, offset: int) -> None:
+    fs.pread_all(fd, [view], place_of(offset >> BLOCK_SHIFT), len(view))
 
 
 def _where(sources: bytearray, number: int) -> bytes:

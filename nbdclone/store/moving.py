@@ -35,6 +35,7 @@ from nbdclone.store.layer_manifest import adding_blocks
 from nbdclone.store.opening import open_beneath
 from nbdclone.store.places import Places
 from nbdclone.store.snapshots import origin_of
+from nbdclone.store.standing import lowest_layer
 
 if TYPE_CHECKING:
     from nbdclone.control.verbs import Opened, Steps, Target
@@ -55,30 +56,31 @@ _MAGIC = b"NBDMOVE1"
 @dataclass(frozen=True, slots=True)
 class Move:
     """From which parent to which; ``overlap``: bytes of the new one that may be seen, None for all; ``bitmaps``: the
-    blocks in which the two differ, for each segment that has some. ``inserted``: the target stands on the source, which
-    stays what the clones were made from.
+    blocks in which the two differ, for each segment that has some.
+
+    The target is a base, ``base``, or a layer over it: whoever was made from one of ``origins`` was made from that base
+    from now on.
     """
 
     source: bytes
     target: bytes
-    target_name: str
+    base: bytes
+    base_name: str
     fingerprint: bytes
     overlap: int | None
     bitmaps: Mapping[int, bytes] = field(repr=False)
-    inserted: bool = False
+    origins: tuple[bytes, ...] = ()
 
     def renewed(self, header: Header) -> Header:
         """The header of a delta after the move."""
         seen = [size for size in (header.overlap, self.overlap) if size is not None]
-        origin = self.target if header.origin == self.source else header.origin
-        if self.inserted:
-            origin = origin_of(header)
+        origin = self.base if origin_of(header) in self.origins else origin_of(header)
         return replace(
             header,
             parent_id=self.target,
-            parent_name=self.target_name,
+            parent_name=self.base_name,
             fingerprint=self.fingerprint,
-            origin=origin,
+            origin=NO_PARENT if origin == self.target else origin,
             overlap=min(seen, default=None),
         )
 
@@ -87,10 +89,11 @@ class Move:
         head = {
             "source": self.source.hex(),
             "target": self.target.hex(),
-            "target_name": self.target_name,
+            "base": self.base.hex(),
+            "base_name": self.base_name,
             "fingerprint": self.fingerprint.hex(),
             "overlap": self.overlap,
-            "inserted": self.inserted,
+            "origins": [origin.hex() for origin in self.origins],
         }
         encoded = json.dumps(head).encode()
         body = b"".join(
@@ -122,11 +125,12 @@ class Move:
         return cls(
             bytes.fromhex(head["source"]),
             bytes.fromhex(head["target"]),
-            head["target_name"],
+            bytes.fromhex(head["base"]),
+            head["base_name"],
             bytes.fromhex(head["fingerprint"]),
             head["overlap"],
             bitmaps,
-            head["inserted"],
+            tuple(map(bytes.fromhex, head["origins"])),
         )
 
 
@@ -146,26 +150,26 @@ def plan_move(move: Move, delta: Layer, header: Header) -> Plan:
         differing = blocks_in(move.bitmaps[segment])
         own = owned_by([delta], segment)
         plan.conflicts += both(differing, own).count(1)
-        plan.to_copy += _missing(differing, own, header, segment).count(1)
+        plan.to_copy += lacking(differing, own, header, segment).count(1)
     plan.conflicts *= BLOCK_SIZE
     plan.to_copy *= BLOCK_SIZE
     return plan
 
 
-def _missing(differing: bytes, own: bytes, header: Header, segment: int) -> bytes:
+def lacking(differing: bytes, own: bytes, header: Header, segment: int) -> bytes:
     """The blocks in which the two differ, that the delta does not own, and that are seen through it."""
     end = header.size if header.overlap is None else min(header.size, header.overlap)
     count = min(max(-(-end // BLOCK_SIZE) - segment * BLOCKS_PER_SEGMENT, 0), BLOCKS_PER_SEGMENT)
-    missing = without(differing, own)
-    return missing[:count] + NO_BLOCKS[count:]
+    lacked = without(differing, own)
+    return lacked[:count] + NO_BLOCKS[count:]
 
 
 def copies(move: Move, clone: Clone) -> Iterator[list[tuple[int, int]]]:
     """The runs (offset, length) that the delta on top has to take over, as many at a time as one step may take."""
     delta = clone.delta
     for segment in sorted(move.bitmaps):
-        missing = _missing(blocks_in(move.bitmaps[segment]), owned_by([delta], segment), delta.header, segment)
-        yield from _batches(runs_of(missing, segment), COPY_SIZE)
+        lacked = lacking(blocks_in(move.bitmaps[segment]), owned_by([delta], segment), delta.header, segment)
+        yield from _batches(runs_of(lacked, segment), COPY_SIZE)
 
 
 def _batches(runs: Iterable[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int]]]:
@@ -357,18 +361,18 @@ def _report(name: str, state: str, clone: Clone, plan: Plan, before: int | None 
     }
 
 
-def renew_clone(target: Target, name: str, source: str | None, successor: str, fingerprint: str) -> Steps:
-    """After the layer at the bottom of a clone was moved from the base ``source`` to ``successor`` (in hex): let its
-    header say so, and let it read through the new chain.
+def renew_clone(target: Target, name: str, origins: list[str] | None, successor: str, fingerprint: str) -> Steps:
+    """After the layer at the bottom of a clone was moved to the base ``successor`` (ids in hex): let its header say so,
+    and let it read through the new chain. ``origins``: as in a :class:`Move`; None if they are not known.
     """
     places = target.pool.places
     yield 0, 1
-    old = None if source is None else bytes.fromhex(source)
+    made_of = None if origins is None else tuple(map(bytes.fromhex, origins))
     with target.opened(name) as opened:
 
         def renew() -> None:
             delta = opened.clone.delta
-            after = _renewed_above(places, delta.header, old, bytes.fromhex(successor), bytes.fromhex(fingerprint))
+            after = _renewed_above(places, delta.header, made_of, bytes.fromhex(successor), bytes.fromhex(fingerprint))
             if changes := changes_of(delta.header, after):
                 delta.change_header(**changes)
 
@@ -378,22 +382,24 @@ def renew_clone(target: Target, name: str, source: str | None, successor: str, f
     return {"name": name}
 
 
-def renew_above(places: Places, path: Path, source: bytes | None, successor: bytes, fingerprint: bytes) -> None:
+def renew_above(
+    places: Places, path: Path, origins: Sequence[bytes] | None, successor: bytes, fingerprint: bytes
+) -> None:
     """Let the header of a delta say that the base at the bottom is another. To be called when changing.
 
-    ``source``: the id of the one before; None if that is not known: any that is no layer's.
+    ``origins``: as in a :class:`Move`; None if they are not known: any that is no layer.
     """
     header = places.header(path)
-    write_header(path, places, header, _renewed_above(places, header, source, successor, fingerprint))
+    write_header(path, places, header, _renewed_above(places, header, origins, successor, fingerprint))
 
 
 def _renewed_above(
-    places: Places, header: Header, source: bytes | None, successor: bytes, fingerprint: bytes
+    places: Places, header: Header, origins: Sequence[bytes] | None, successor: bytes, fingerprint: bytes
 ) -> Header:
     if lowest_layer(places, header)[1].parent_id != successor:
         return header  # it is not above what was moved any more: it was reset, or cut free, in between
     made_of_base = header.origin not in (NO_PARENT, NO_ORIGIN) and not places.layer(header.origin).exists()
-    was = header.origin == source if source else made_of_base
+    was = made_of_base if origins is None else header.origin in origins
     return replace(header, origin=successor if was else header.origin, fingerprint=fingerprint)
 
 
@@ -442,14 +448,3 @@ def move_layer(places: Places, layer_id: bytes, move: Move) -> Generator[tuple[i
             write_header(path, places, header, move.renewed(header))
         plan.to_copy = taken
         return plan
-
-
-def lowest_layer(places: Places, header: Header) -> tuple[list[bytes], Header]:
-    """The layers beneath a delta, from the top downwards, and the header of the lowest of all: above the base."""
-    found: list[bytes] = []
-    while header.parent_id != NO_PARENT and places.layer(header.parent_id).exists():
-        if header.parent_id in found:
-            raise StorageError(f"layer {header.parent_id.hex()} is beneath itself")
-        found.append(header.parent_id)
-        header = places.header(places.layer(header.parent_id))
-    return found, header

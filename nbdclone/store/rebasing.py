@@ -1,11 +1,13 @@
 """Rebase: clones go from one base to another.
 
 Keeping the content, each clone reads the same afterwards, and its delta is what it has otherwise than the new base (see
-:mod:`nbdclone.store.moving`). Keeping the changes, the blocks that a clone owns stay, and the others are the new
+:mod:`nbdclone.store.moving`). What several of them have so is put into one layer beneath them instead (see
+:mod:`nbdclone.store.common_layer`). Keeping the changes, the blocks that a clone owns stay, and the others are the new
 base's: a change of headers alone.
 
 A clone with snapshots beneath goes along with them: what is moved is the lowest layer of its chain, on which others may
-stand; all of these have to be named.
+stand; all of these have to be named. A layer without a name may also stay behind, for the others (see
+:mod:`nbdclone.store.standing`).
 """
 
 from __future__ import annotations
@@ -18,17 +20,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbdclone.errors import Interrupted, InUse, NotFound, UsageError
+from nbdclone.store.block_sets import NO_BLOCKS, blocks_in, either, owned_by, runs_of, to_bitmap
 from nbdclone.store.catalog import Catalog
+from nbdclone.store.common_layer import MOST_MEMBERS, Common, Member, find_common, make_layer
 from nbdclone.store.delta import Delta
-from nbdclone.store.delta_file import NO_PARENT, Header
+from nbdclone.store.delta_map import DeltaMap
 from nbdclone.store.difference import compare_bases
+from nbdclone.store.disk import Disk
 from nbdclone.store.image import Image
-from nbdclone.store.layer import BLOCK_SIZE, block_count
-from nbdclone.store.moving import Move, lowest_layer, move_layer, plan_move, renew_above, write_header
+from nbdclone.store.layer import BLOCK_SIZE, MAX_LAYERS, SEGMENT_SIZE, Layer, block_count
+from nbdclone.store.moving import Move, move_layer, plan_move, renew_above, write_header
 from nbdclone.store.names import is_name, split_name
-from nbdclone.store.opening import open_parent
+from nbdclone.store.opening import open_parent, open_top, with_beneath
 from nbdclone.store.places import Places
 from nbdclone.store.sealed import Sealed
+from nbdclone.store.standing import Moved, find_moved, some
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -43,65 +49,62 @@ PROGRESS_S = 0.05
 
 
 @dataclass(slots=True)
-class _Moved:
-    """What is moved as one: a clone's delta that is directly over the base, or a layer with the clones above it."""
+class _Group:
+    """What stands on the same, and goes together: at most as many as a layer can have on it.
 
-    header: Header
-    layer: bytes | None
-    clones: list[str] = field(default_factory=list)
-    above: list[bytes] = field(default_factory=list)  # the layers between these and that one
-    stale: bool = False  # it was moved, and what is above it does not say so yet
+    ``chain``: what it stands on, open, from the base upwards.
+    """
+
+    chain: list[Layer]
+    members: list[Moved]
+    bitmaps: dict[int, bytes] = field(default_factory=dict)
+    common: Common | None = None
+
+    @property
+    def base(self) -> Image:
+        base = self.chain[0]
+        assert isinstance(base, Image)
+        return base
 
 
 def rebase(target: Target, names: list[str], onto: str, keep_changes: bool = False, dry_run: bool = False) -> Steps:
     """Let clones stand on another base, ``onto``, of the same pool.
 
     What they read stays the same; or, with ``keep_changes``, the blocks that they changed, which nobody may have open
-    then. Clones that stand on it already are passed over. ``dry_run``: say what it would take, and change nothing.
+    then. What several of them would have to take over, is put into a layer beneath them (see
+    :mod:`nbdclone.store.common_layer`). Clones that stand on it already are passed over. ``dry_run``: say what it would
+    take, and change nothing.
 
     Returns for each clone its ``state`` and, in bytes, ``before`` and ``after`` (its delta on the disk), ``copied``,
     ``conflicts`` (what both the clone and the new base have otherwise than the old one) and, of these, ``dropped``
-    (they have the same). Raises NotFound, UsageError, InUse, BaseChanged.
+    (they have the same); and ``shared``, the bytes of the layers that were made. Raises NotFound, UsageError, InUse,
+    BaseChanged.
     """
     places = target.pool.places
     with contextlib.ExitStack() as held:
         new = open_base(places, onto)
         held.callback(new.close)
-        moved = _resolve(places, names, new)
-        bases = _open_sources(places, moved, new, held)
-        waiting = [each for each in moved if each.header.parent_id != new.record.id]
+        moved = find_moved(places, names, new)
+        waiting = [each for each in moved if each.base != new.record.id]
+        groups = _open_groups(places, waiting, new, held)
         if not waiting and not any(each.stale for each in moved):
-            raise UsageError(f"{_some(names)}: on base '{onto}' already")
+            raise UsageError(f"{some(names)}: on base '{onto}' already")
         for each in moved:
             if each.stale and not dry_run:
                 yield from _renew_all(target, each, None, new)
         if keep_changes:
-            _refuse_snapshots(places, waiting)
+            _refuse_to_change_others(places, waiting)
         if keep_changes and not dry_run:
             yield 0, 1
-            _keep_changes(places, waiting, {old: _move(bases[old], new, {}) for old in bases})
+            _keep_changes(places, waiting, new)
             states = {name: "done" for each in waiting for name in each.clones}
             return _result(onto, [_line(name, states.get(name, "already")) for each in moved for name in each.clones])
-        staging = held.enter_context(places.staging())
-        total = len(bases) + len(waiting)
-        moves: dict[bytes, tuple[Move, str]] = {}
-        for number, (old_id, old) in enumerate(bases.items()):
-            bitmaps = yield from part(compare_bases(old, new), number, total)
-            move = _move(old, new, bitmaps)
-            file = staging / f"move-{number}"
-            move.save(file)
-            moves[old_id] = move, str(file.relative_to(places.tmp))
-        works = [
-            _move_one(target, each, *moves[each.header.parent_id], new, dry_run)
-            for each in moved
-            if each.header.parent_id != new.record.id
-        ]
-        found = yield from part(together(works), len(bases), total, len(works))
+        found, shared = yield from _keep_content(target, groups, new, dry_run, not keep_changes, held)
         done = {line["name"]: line for lines in found for line in lines}
         reports = [done.get(name) or _line(name, "already") for each in moved for name in each.clones]
         if keep_changes:
             reports = [line | {"copied": 0, "after": line["before"]} for line in reports]
-        return _result(onto, reports)
+        return _result(onto, reports, shared)
 
 
 # What is asked for
@@ -118,81 +121,143 @@ def open_base(places: Places, onto: str) -> Image:
     return Image.open(onto, places.bases / onto, places.fs)
 
 
-def _resolve(places: Places, names: Sequence[str], new: Image) -> list[_Moved]:
-    """What is to be moved, in the order of the names. Raises UsageError and its children."""
-    if not names:
-        raise UsageError("no clone is named")
-    found: dict[bytes, _Moved] = {}
-    for name in dict.fromkeys(names):
-        if split_name(name)[1] is not None:
-            raise UsageError(f"'{name}' is a snapshot: name its clone, along with which it goes")
-        if places.place(name).parent == places.bases:
-            raise UsageError(f"'{name}' is a base: clones are rebased")
-        header = places.header(places.delta(name))
-        layers, lowest = lowest_layer(places, header)
-        if lowest.parent_id == NO_PARENT:
-            raise UsageError(f"'{name}' stands on no base: it was flattened")
-        each = found.setdefault(lowest.id, _Moved(lowest, layers[-1] if layers else None))
-        each.clones.append(name)
-        each.above += [layer for layer in layers[:-1] if layer not in each.above]
-        if layers and lowest.parent_id == new.record.id:
-            each.stale = each.stale or header.fingerprint != new.record.fingerprint
-    for each in found.values():
-        if each.layer is not None and each.header.parent_id != new.record.id:
-            _require_all_named(places, each, names)
-    return list(found.values())
+def _open_groups(places: Places, waiting: Sequence[Moved], new: Image, held: contextlib.ExitStack) -> list[_Group]:
+    """What is left, by what it stands on, which is open as long as ``held``: so nobody removes or merges it."""
+    found: dict[bytes, list[_Group]] = {}
+    for each in waiting:
+        groups = found.setdefault(each.header.parent_id, [])
+        if not groups or len(groups[-1].members) == MOST_MEMBERS:
+            groups.append(_Group(groups[0].chain if groups else _open_chain(places, each, new, held), []))
+        groups[-1].members.append(each)
+    return [group for groups in found.values() for group in groups]
 
 
-def _require_all_named(places: Places, moved: _Moved, names: Sequence[str]) -> None:
-    """Raises InUse if a clone stands on the layer that is not named; notes the layers of all snapshots above it."""
-    assert moved.layer is not None
-    others = []
-    for clone in places.names_in(places.clones):
-        header = places.header(places.delta(clone))
-        tops = [lowest_layer(places, header)[0]]
-        for snapshot in places.snapshots(clone, header.id).values():
-            tops.append([snapshot.layer, *lowest_layer(places, places.header(places.layer(snapshot.layer)))[0]])
-        on_it = [chain for chain in tops if moved.layer in chain]
-        if on_it and clone not in names:
-            others.append(clone)
-        for chain in on_it:
-            moved.above += [layer for layer in chain if layer not in (moved.layer, *moved.above)]
-    if others:
-        raise InUse(
-            f"{_some(moved.clones)} and {_some(sorted(others))} stand on the same snapshot, which goes along: "
-            f"name all of them"
+def _open_chain(places: Places, moved: Moved, new: Image, held: contextlib.ExitStack) -> list[Layer]:
+    what = f"'{moved.clones[0]}'"
+    if not moved.left:
+        chain: list[Layer] = [open_parent(places, what, moved.lowest)]
+    else:
+        chain = with_beneath(places, what, open_top(places, moved.left[0], what))
+    for layer in chain:
+        held.callback(layer.close)
+    old = chain[0]
+    if not isinstance(old, Image):
+        raise InUse(f"{some(moved.clones)}: what it stands on was changed meanwhile: ask again")
+    if new.size < old.size:
+        raise UsageError(
+            f"base '{new.name}' has {new.size} bytes, less than the {old.size} of '{old.name}', on which "
+            f"{some(moved.clones)} stands"
         )
-
-
-def _open_sources(
-    places: Places, moved: Sequence[_Moved], new: Image, held: contextlib.ExitStack
-) -> dict[bytes, Image]:
-    """The bases that are left, by id, open as long as ``held``: so nobody removes them meanwhile."""
-    bases: dict[bytes, Image] = {}
-    for each in moved:
-        parent = each.header.parent_id
-        if parent != new.record.id and parent not in bases:
-            old = bases[parent] = open_parent(places, f"'{each.clones[0]}'", each.header)
-            held.callback(old.close)
-            if new.size < old.size:
-                raise UsageError(
-                    f"base '{new.name}' has {new.size} bytes, less than the {old.size} of '{old.name}', on which "
-                    f"{_some(each.clones)} stands"
-                )
-    return bases
-
-
-def _move(old: Image, new: Image, bitmaps: dict[int, bytes]) -> Move:
-    # What the new base has behind the end of the old one is not to be seen, also if the clone grows.
-    overlap = block_count(old.size) * BLOCK_SIZE if new.size > old.size else None
-    return Move(old.record.id, new.record.id, new.name, new.record.fingerprint, overlap, bitmaps)
+    return chain
 
 
 # Keeping the content
 
 
+def _keep_content(
+    target: Target, groups: Sequence[_Group], new: Image, dry_run: bool, share: bool, held: contextlib.ExitStack
+) -> Generator[tuple[int, int], None, tuple[list[list[dict[str, Any]]], int]]:
+    """The reports, for each that was moved, of its clones; and the size of the layers that were made."""
+    places = target.pool.places
+    staging = held.enter_context(places.staging())
+    count = sum(len(group.members) for group in groups)
+    total = 2 * len(groups) + count
+    differences: dict[bytes, dict[int, bytes]] = {}
+    works, shared = [], 0
+    for number, group in enumerate(groups):
+        old = group.base
+        if old.record.id not in differences:
+            differences[old.record.id] = yield from part(compare_bases(old, new), 2 * number, total)
+        group.bitmaps = _with_layers(differences[old.record.id], group.chain)
+        move = _move(group, new)
+        if share and (common := _find_common(places, group, move)):
+            group.common = common
+            shared += common.size
+            if not dry_run:
+                making = _make_layer(places, group, move, new, held)
+                layer = yield from part(making, 2 * number + 1, total)
+                move = replace(move, target=layer.header.id, overlap=None)
+                shared += places.layer(layer.header.id).stat().st_blocks * 512 - common.size
+            move = replace(move, bitmaps=common.left_of(move.bitmaps))
+        file = staging / f"move-{number}"
+        move.save(file)
+        path = str(file.relative_to(places.tmp))
+        works += [_move_one(target, each, move, path, new, dry_run) for each in group.members]
+    found = yield from part(together(works), 2 * len(groups), total, len(works))
+    if share:
+        conflicts = [number for group in groups for number in _conflicts_of(group)]
+        found = [
+            lines if amount is None else [line | {"conflicts": amount} for line in lines]
+            for lines, amount in zip(found, conflicts, strict=True)
+        ]
+    return found, shared
+
+
+def _move(group: _Group, new: Image) -> Move:
+    """Of all that is in the bitmaps, onto the new base."""
+    old, record = group.base, new.record
+    # What the new base has behind the end of the old one is not to be seen, also if the clone grows.
+    seen = [block_count(old.size) * BLOCK_SIZE] if new.size > old.size else []
+    seen += [layer.header.overlap for layer in _sealed(group.chain) if layer.header.overlap is not None]
+    origins = group.members[0].origins
+    source = group.chain[-1].id
+    return Move(
+        source, record.id, record.id, new.name, record.fingerprint, min(seen, default=None), group.bitmaps, origins
+    )
+
+
+def _sealed(chain: Sequence[Layer]) -> list[Sealed]:
+    return [layer for layer in chain if isinstance(layer, Sealed)]
+
+
+def _with_layers(bitmaps: dict[int, bytes], chain: Sequence[Layer]) -> dict[int, bytes]:
+    """The blocks in which the new base may differ from a chain: from its base, and all that the layers have."""
+    layers = _sealed(chain)
+    found = dict(bitmaps)
+    for segment in range(-(-max((layer.size for layer in layers), default=0) // SEGMENT_SIZE)):
+        owned = owned_by(layers, segment)
+        if owned is not NO_BLOCKS:
+            found[segment] = to_bitmap(either(blocks_in(found.get(segment)), owned))
+    return found
+
+
+def _find_common(places: Places, group: _Group, move: Move) -> Common | None:
+    """What is worth a layer, if their chains may be longer by one."""
+    if len(group.members) < 2 or max(each.depth for each in group.members) + 2 > MAX_LAYERS:
+        return None
+    with contextlib.ExitStack() as held:
+        members = []
+        for each in group.members:
+            path = places.layer(each.layer) if each.layer else places.delta(each.clones[0])
+            fd = places.fs.open_file(path, 0)
+            held.callback(places.fs.close, fd)
+            members.append(Member(each.header, DeltaMap(path, fd, each.header.id, places.fs)))
+        return find_common(move, group.chain[-1].size, members)
+
+
+def _make_layer(
+    places: Places, group: _Group, move: Move, new: Image, held: contextlib.ExitStack
+) -> Generator[tuple[int, int], None, Sealed]:
+    assert group.common is not None
+    common, size = group.common, group.chain[-1].size
+    source = Disk("what they stand on", group.chain, places.fs)
+    pieces = (
+        (offset, length, source.read_into)
+        for segment, blocks in common.blocks.items()
+        for offset, length in runs_of(blocks, segment)
+    )
+    what = f"rebase onto '{new.name}'"
+    layer = yield from make_layer(places, new, size, move.overlap, pieces, common.size, what, held)
+    return layer
+
+
+def _conflicts_of(group: _Group) -> list[int | None]:
+    """For each member; None: as it is reported."""
+    return [None] * len(group.members) if group.common is None else list(group.common.conflicts)
+
+
 def _move_one(
-    target: Target, moved: _Moved, move: Move, path: str, new: Image, dry_run: bool
+    target: Target, moved: Moved, move: Move, path: str, new: Image, dry_run: bool
 ) -> Generator[tuple[int, int], None, list[dict[str, Any]]]:
     if moved.layer is None:
         (name,) = moved.clones
@@ -207,41 +272,50 @@ def _move_one(
             plan = plan_move(move, sealed, sealed.header)
     else:
         plan = yield from move_layer(places, moved.layer, move)
-        yield from _renew_all(target, moved, move.source, new)
+        yield from _renew_all(target, moved, move.origins, new)
     after = before + plan.to_copy if dry_run else _allocated(layer)
     line = _line(moved.clones[0], "dry run" if dry_run else "done", before, after, plan.to_copy, plan.conflicts)
     return [line | {"name": name, "layer": moved.layer.hex()} for name in moved.clones]
 
 
-def _renew_all(target: Target, moved: _Moved, source: bytes | None, new: Image) -> Steps:
+def _renew_all(target: Target, moved: Moved, origins: Sequence[bytes] | None, new: Image) -> Steps:
     """What stands above a layer that was moved: the headers of layers, and the clones, which may be open."""
     places = target.pool.places
     with places.changing():
         for layer in moved.above:
-            renew_above(places, places.layer(layer), source, new.record.id, new.record.fingerprint)
+            renew_above(places, places.layer(layer), origins, new.record.id, new.record.fingerprint)
+    made_of = None if origins is None else [origin.hex() for origin in origins]
     ids = {"successor": new.record.id.hex(), "fingerprint": new.record.fingerprint.hex()}
     for name in moved.clones:
-        yield from target.run("renew-clone", {"name": name, "source": source.hex() if source else None, **ids})
+        yield from target.run("renew-clone", {"name": name, "origins": made_of, **ids})
 
 
 # Keeping the changes
 
 
-def _refuse_snapshots(places: Places, moved: Sequence[_Moved]) -> None:
-    """A snapshot is known by its id, to a backup of it for one: under that id it must read as it always did."""
+def _refuse_to_change_others(places: Places, moved: Sequence[Moved]) -> None:
+    """Raises UsageError and its children.
+
+    A snapshot is known by its id, to a backup of it for one: under that id it must read as it always did.
+    """
     named = Catalog(places).named
     for each in moved:
+        if each.left:
+            raise InUse(
+                f"{some(each.clones)}: others stand on the same layer, which goes along: name all of them, or keep the "
+                f"content"
+            )
         for layer in [*each.above, *([each.layer] if each.layer else [])]:
             if layer in named:
                 raise UsageError(
-                    f"{_some(each.clones)}: snapshot '{named[layer]}' would change with it: remove it first, or keep "
+                    f"{some(each.clones)}: snapshot '{named[layer]}' would change with it: remove it first, or keep "
                     f"the content"
                 )
 
 
-def _keep_changes(places: Places, moved: Sequence[_Moved], moves: dict[bytes, Move]) -> None:
+def _keep_changes(places: Places, moved: Sequence[Moved], new: Image) -> None:
     """The headers, of deltas and layers that nobody has open. Raises InUse, and nothing was changed."""
-    fs = places.fs
+    fs, record = places.fs, new.record
     with contextlib.ExitStack() as held:
         for each in moved:
             for name in each.clones:
@@ -250,18 +324,18 @@ def _keep_changes(places: Places, moved: Sequence[_Moved], moves: dict[bytes, Mo
                 path = places.layer(layer)
                 fd = fs.open_file(path, 0)
                 held.callback(fs.close, fd)
-                fs.lock(fd, path, f"a snapshot beneath {_some(each.clones)}")
+                fs.lock(fd, path, f"a snapshot beneath {some(each.clones)}")
         with places.changing():
             for each in moved:
-                move = moves[each.header.parent_id]
                 path = places.layer(each.layer) if each.layer else places.delta(each.clones[0])
                 header = places.header(path)
-                if header.parent_id != move.source:
-                    raise InUse(f"{_some(each.clones)}: what it stands on was changed meanwhile: ask again")
+                if header.parent_id != each.base:
+                    raise InUse(f"{some(each.clones)}: what it stands on was changed meanwhile: ask again")
                 # A power cut in here leaves some of them on the old base, and none half.
-                write_header(path, places, header, replace(move, overlap=None).renewed(header))
+                move = Move(each.base, record.id, record.id, new.name, record.fingerprint, None, {}, each.origins)
+                write_header(path, places, header, move.renewed(header))
                 for above in [*map(places.layer, each.above), *(map(places.delta, each.clones) if each.layer else ())]:
-                    renew_above(places, above, move.source, move.target, move.fingerprint)
+                    renew_above(places, above, each.origins, record.id, record.fingerprint)
 
 
 # What is told
@@ -281,8 +355,8 @@ def _line(
     }
 
 
-def _result(onto: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"onto": onto, "clones": lines}
+def _result(onto: str, lines: list[dict[str, Any]], shared: int = 0) -> dict[str, Any]:
+    return {"onto": onto, "clones": lines, "shared": shared}
 
 
 def part(steps: Generator[tuple[int, int], None, Any], number: int, total: int, parts: int = 1) -> Steps:
@@ -338,8 +412,3 @@ def _failed(each: Future[Any]) -> bool:
 
 def _allocated(path: Path) -> int:
     return path.stat().st_blocks * 512
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:10])
-    return shown + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -32,8 +32,8 @@ from nbdclone.store.delta_map import DeltaMap
 from nbdclone.store.fs import CANNOT_SHARE, FileSystem, data_and_holes
 from nbdclone.store.image import Image
 from nbdclone.store.layer import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_SEGMENT, paint_delta
-from nbdclone.store.moving import lowest_layer
 from nbdclone.store.rebasing import open_base
+from nbdclone.store.standing import lowest_layer
 
 if TYPE_CHECKING:
     from nbdclone.control.verbs import Steps

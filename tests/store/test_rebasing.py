@@ -533,7 +533,8 @@ def test_a_bitmap_and_the_blocks_in_it_are_the_same() -> None:
 
 
 def test_a_move_is_the_same_in_a_file_and_a_damaged_one_is_not_believed(tmp_path: Path) -> None:
-    move = Move(b"s" * 16, b"t" * 16, "new", b"f" * 32, 4096, {7: b"\1" * 4064, 9: b"\2" * 4064})
+    bitmaps = {7: b"\1" * 4064, 9: b"\2" * 4064}
+    move = Move(b"s" * 16, b"t" * 16, b"b" * 16, "new", b"f" * 32, 4096, bitmaps, (b"s" * 16, b"u" * 16))
     move.save(tmp_path / "move")
     assert Move.load(tmp_path / "move") == move
     content = bytearray((tmp_path / "move").read_bytes())
