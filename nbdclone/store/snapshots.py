@@ -194,7 +194,7 @@ def look_back(places: Places, name: str, snapshot: str | None) -> Return:
     """What :func:`go_back` would do. Raises NotFound, UsageError, StorageError."""
     own = _own_directory(places, name)
     header = places.header(own / "delta")
-    target, shown, size = _target(places, name, header, snapshot)
+    target, shown, size, _ = _target(places, name, header, snapshot)
     then = replace(header, parent_id=target, origin=origin_of(header))
     layers = sorted(layer_needs(places).keys() - layer_needs(places, {name: then}).keys())
     freed = max(freed_in(places.fs, own / "delta") - EMPTY_DELTA, 0)
@@ -217,10 +217,9 @@ def go_back(places: Places, name: str, snapshot: str | None) -> None:
     with places.no_space_left(what), places.staging() as staging, contextlib.ExitStack() as held:
         delta = Delta.open(own / "delta", f"clone '{name}'", fs)
         try:
-            target, shown, size = _target(places, name, delta.header, snapshot)
-            header = successor(delta.header, target, shown, size=size)
-            if places.layer(target).exists():  # a clone that was cut free of its base, or moved, is over it again
-                header = replace(header, fingerprint=places.header(places.layer(target)).fingerprint)
+            # With another fingerprint: a clone that was cut free of its base is over it again, or moved over another.
+            target, shown, size, fingerprint = _target(places, name, delta.header, snapshot)
+            header = successor(delta.header, target, shown, size=size, fingerprint=fingerprint)
             create_over(places, staging / "delta", header, what)
             with places.changing():
                 _target(places, name, delta.header, snapshot)  # it may have been removed meanwhile
@@ -242,23 +241,26 @@ def _own_directory(places: Places, name: str) -> Path:
     return own
 
 
-def _target(places: Places, name: str, header: Header, snapshot: str | None) -> tuple[bytes, str, int]:
-    """The id and name of the parent to be, and the size of the disk."""
+def _target(places: Places, name: str, header: Header, snapshot: str | None) -> tuple[bytes, str, int, bytes]:
+    """The id and name of the parent to be, the size of the disk, and the fingerprint of the base at the bottom."""
     if snapshot is not None:
         layer = places.snapshot(f"{name}@{snapshot}").layer
-        return layer, f"{name}@{snapshot}", places.header(places.layer(layer)).size
+        beneath = places.header(places.layer(layer))
+        return layer, f"{name}@{snapshot}", beneath.size, beneath.fingerprint
     origin = origin_of(header)
     while places.is_going(origin):  # a power cut brought back what was lowered
         origin = as_origin(places.header(places.layer(origin)).parent_id)
     if origin == NO_ORIGIN:
         raise UsageError(f"'{name}' was not made from anything that is still there: it cannot be reset")
     if places.layer(origin).exists():
-        layer_header = places.header(places.layer(origin))
-        return origin, Catalog(places).named.get(origin, ""), max(layer_header.size, header.size)
+        beneath = places.header(places.layer(origin))
+        shown = Catalog(places).named.get(origin, "")
+        return origin, shown, max(beneath.size, header.size), beneath.fingerprint
     base = places.find_base(replace(header, parent_id=origin))
     if base is None:
         raise NotFound(f"what '{name}' was made from ({origin.hex()}) is not there any more")
-    return origin, base, max(BaseRecord.load(places.bases / base / "base.json").size, header.size)
+    record = BaseRecord.load(places.bases / base / "base.json")
+    return origin, base, max(record.size, header.size), record.fingerprint
 
 
 def _require_present(places: Places, clone: Clone) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,15 +14,19 @@ from powercut import stamp
 from nbdclone.control.local import LocalTarget
 from nbdclone.control.verbs import drive, find_verb
 from nbdclone.errors import UsageError
+from nbdclone.store import common_layer
+from nbdclone.store.catalog import CloneInfo
 from nbdclone.store.check import check_pool
 from nbdclone.store.finding import WRONG
+from nbdclone.store.layer import BLOCK_SIZE
 from nbdclone.store.pool import Pool
 from nbdclone.store.resizing import resize
 
-# Each larger than the one before, some within a block.
-BASES = {f"base{number}": size for number, size in enumerate([20_992, 32_768, 33_792, 49_152])}
+# Each larger than the one before, some within a block; and some that a clone can go to and fro between.
+SIZES = [20_992, 32_768, 33_792, 49_152, 49_152, 33_792, 20_992, 20_992]
+BASES = {f"base{number}": size for number, size in enumerate(SIZES)}
 MOST = 60 * 1024
-CLONES = 3
+CLONES = 4
 
 
 def padded(content: bytes, size: int) -> bytes:
@@ -55,15 +62,18 @@ class Life:
         self._bases = {name: read(pool, name) for name in BASES}
         self.clones: dict[str, bytes] = {}
         self.snapshots: dict[str, bytes] = {}
-        self._onto = dict.fromkeys(self.clones, "")  # the base of each clone
         self._origins: dict[str, str | bytes] = {}  # the name of a base, or a content
 
     def step(self) -> str:
-        works = [self._clone, self._resize, self._resize, self._write, self._snapshot, self._rebase, self._rebase]
-        works += [self._reset, self._rollback, self._forget, self._flatten]
+        works = self._works()
         work = self._rng.choice(works if self.clones else [self._clone])
         work()
         return work.__name__
+
+    def _works(self) -> list[Callable[[], None]]:
+        works = [self._clone, self._resize, self._resize, self._write, self._snapshot, self._rebase, self._rebase]
+        works += [self._reset, self._rollback, self._forget, self._flatten, self._hoist]
+        return works
 
     def require(self, what: str) -> None:
         for name, content in (self.clones | self.snapshots).items():
@@ -92,7 +102,6 @@ class Life:
             return
         self._pool.create_clones(source, [name], size=size)
         self.clones[name] = padded(content, size)
-        self._onto[name] = source if source in BASES else self._onto[source.partition("@")[0]]
         self._origins[name] = source if source in BASES else content
 
     def _resize(self) -> None:
@@ -117,29 +126,43 @@ class Life:
         self._pool.snapshot(snapshot)
         self.snapshots[snapshot] = self.clones[name]
 
+    def _onto(self, name: str) -> str | None:
+        """The base of a clone."""
+        info = self._pool.info(name)
+        assert isinstance(info, CloneInfo)
+        return info.base
+
     def _rebase(self) -> None:
-        """All that have a base, onto a larger one: keeping the content; or, if there are no snapshots, the changes."""
-        names = [name for name in self.clones if self._onto[name]]
+        """Some onto a larger base, keeping the content; or, if there are no snapshots, the changes."""
+        based = [name for name in self.clones if self._onto(name)]
+        names = self._rng.sample(based, self._rng.randint(min(len(based), 2), len(based)))
+        before = {name: self._onto(name) or "" for name in names}
         onto = self._rng.choice(list(BASES))
-        keep_changes = not self.snapshots and self._rng.random() < 0.7
-        fits = all(BASES[self._onto[name]] <= BASES[onto] for name in names)
+        keep_changes = not self.snapshots and self._rng.random() < 0.5
+        fits = all(BASES[base] <= BASES[onto] for base in before.values())
         try:
             run(self._pool, "rebase", names=names, onto=onto, keep_changes=keep_changes)
         except UsageError as error:
             already = "already" in str(error) or not names
-            assert not fits or already
+            refused = "name all of them" in str(error) and len(names) < len(based)
+            if fits and not already and not refused:
+                raise
             return
         assert fits
         for name in names:
-            if self._origins[name] == self._onto[name]:
+            assert self._onto(name) == onto
+            if self._origins[name] == before[name]:
                 self._origins[name] = onto
-            self._onto[name] = onto
             if keep_changes:
                 self.clones[name] = read(self._pool, name)
 
+    def _hoist(self) -> None:
+        with contextlib.suppress(UsageError):  # there are no two
+            run(self._pool, "hoist", base=self._rng.choice(list(BASES)), min_clones=2)
+
     def _reset(self) -> None:
         name = self._some()
-        if (origin := self._origins[name]) and self._onto[name]:
+        if (origin := self._origins[name]) and self._onto(name):
             content = self._bases[origin] if isinstance(origin, str) else origin
             self._pool.reset(name)
             self.clones[name] = padded(content, max(len(content), len(self.clones[name])))
@@ -147,7 +170,7 @@ class Life:
     def _rollback(self) -> None:
         name = self._some()
         own = [snapshot for snapshot in self.snapshots if snapshot.startswith(f"{name}@")]
-        if own and self._onto[name]:
+        if own and self._onto(name):
             snapshot = self._rng.choice(own)
             self._pool.rollback(snapshot)
             self.clones[name] = self.snapshots[snapshot]
@@ -165,12 +188,47 @@ class Life:
         name = self._some()
         if self._rng.random() < 0.2 and not any(each.startswith(f"{name}@") for each in self.snapshots):
             run(self._pool, "flatten", name=name)
-            self._onto[name] = ""
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_a_disk_of_any_size_over_bases_of_any_size_reads_as_the_model_does(bases: Pool, seed: int) -> None:
-    life = Life(bases, seed)
+class Herd(Life):
+    """Clones of one base, with much alike, that go from base to base together and alone."""
+
+    def _works(self) -> list[Callable[[], None]]:
+        works = [self._rebase] * 6 + [self._update] * 2 + [self._clones, self._hoist, self._resize, self._reset]
+        return works + ([self._snapshot, self._forget, self._rollback] if self._rng.random() < 0.4 else [self._merge])
+
+    def _clone(self) -> None:
+        self._clones()
+
+    def _clones(self) -> None:
+        if len(self.clones) < 8:
+            base = self._rng.choice(list(BASES))
+            names = [f"web{next(self._numbers)}" for _ in range(4)]
+            self._pool.create_clones(base, names)
+            self.clones |= dict.fromkeys(names, self._bases[base])
+            self._origins |= dict.fromkeys(names, base)
+
+    def _update(self) -> None:
+        """Some are given the same at the same place."""
+        data = bytes([self._rng.randrange(3)]) * BLOCK_SIZE * self._rng.randint(1, 3)
+        at = BLOCK_SIZE * self._rng.randrange(MOST // BLOCK_SIZE)
+        for name in self._rng.sample(sorted(self.clones), self._rng.randint(1, len(self.clones))):
+            content = self.clones[name]
+            with self._pool.open_clone(name) as disk:
+                disk.pwrite(data[: max(len(content) - at, 0)], min(at, len(content)))
+            self.clones[name] = (content[:at] + data + content[at + len(data) :])[: len(content)]
+
+    def _merge(self) -> None:
+        run(self._pool, "merge")
+
+
+@pytest.mark.parametrize("kind", [Life, Herd])
+@pytest.mark.parametrize("seed", range(int(os.environ.get("SIZES_SEEDS", "8"))))
+def test_a_disk_of_any_size_over_bases_of_any_size_reads_as_the_model_does(
+    bases: Pool, seed: int, kind: type[Life], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common_layer, "WORTH", BLOCK_SIZE)
+    life = kind(bases, seed)
     done = []
     for _ in range(40):
         done.append(life.step())
