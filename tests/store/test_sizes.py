@@ -47,7 +47,10 @@ def make_bases(tmp_path: Path) -> Pool:
     pool = Pool.open(tmp_path / "pool", create=True)
     for number, (name, size) in enumerate(BASES.items()):
         path = tmp_path / f"{name}.img"
-        path.write_bytes(b"".join(stamp(number, sector) for sector in range(size // 512)))
+        # Each has some blocks of its own.
+        own = random.Random(number).sample(range(MOST // BLOCK_SIZE), 4)
+        sectors = range(size // 512)
+        path.write_bytes(b"".join(stamp(number if sector // 8 in own else 99, sector) for sector in sectors))
         pool.import_base(path, name)
     return pool
 
