@@ -27,7 +27,7 @@ from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import Header
 from nbdclone.store.delta_map import DeltaMap
 from nbdclone.store.image import Image
-from nbdclone.store.layer import BLOCK_SIZE, BLOCKS_PER_SEGMENT, paint_delta, zero_runs
+from nbdclone.store.layer import BLOCK_SIZE, BLOCKS_PER_SEGMENT, paint_delta
 from nbdclone.store.layer_manifest import adding_blocks
 from nbdclone.store.moving import Move, lacking
 from nbdclone.store.places import Places
@@ -75,7 +75,7 @@ def make_layer(
                 for at in range(offset, offset + length, COPY_SIZE):
                     view = buffer[: min(COPY_SIZE, offset + length - at)]
                     read(view, at)
-                    _put(disk, view, at)
+                    disk.pwrite(view, at)
                     done += len(view)
                     yield done, total
         fs.sync_directory(draft)
@@ -93,15 +93,6 @@ def make_layer(
             fs.sync_directory(places.layers)
             held.enter_context(adding_blocks(places, header.id))
     return layer
-
-
-def _put(disk: Clone, view: memoryview, offset: int) -> None:
-    """Write whole blocks; zeros take no space."""
-    for zeros, start, end in zero_runs(view):
-        if zeros:
-            disk.zero(offset + start, end - start)
-        else:
-            disk.pwrite(view[start:end], offset + start)
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,6 +138,19 @@ def test_what_a_clone_was_made_from_is_the_new_base_from_now_on(bases: Pool, con
     assert read(bases, "web1")[:BASE_SIZE] == update_of(content)[:BASE_SIZE]
 
 
+def test_a_clone_that_went_back_to_a_snapshot_on_the_old_base_can_be_reset_to_the_new_one(
+    bases: Pool, content: bytes
+) -> None:
+    bases.snapshot("web1@golden")
+    golden = read(bases, "web1")
+    bases.reset("web1")
+    rebase(bases, "web1")
+    bases.rollback("web1@golden")
+    assert read(bases, "web1") == golden
+    bases.reset("web1")
+    assert read(bases, "web1")[:BASE_SIZE] == update_of(content)[:BASE_SIZE]
+
+
 def test_clones_of_several_bases_go_together(bases: Pool, content: bytes) -> None:
     import_image(bases, "other", b"x" * BLOCK_SIZE + content[BLOCK_SIZE:])
     bases.create_clones("other", ["web3"])
