@@ -18,16 +18,20 @@ from test_atomic import BASE, WRITTEN, DeadlyFileSystem, copy, make_root
 from nbdclone.control.local import LocalTarget
 from nbdclone.control.verbs import drive, find_verb
 from nbdclone.errors import NBDCloneError, UsageError
+from nbdclone.store import common_layer
+from nbdclone.store.layer import BLOCK_SIZE
 from nbdclone.store.pool import Pool
 
 STATES_PER_STEP = int(os.environ.get("POOL_STATES_PER_STEP", "8"))
 CONTENTS = {"base": BASE, "web1": WRITTEN[:8190] + b"again" + WRITTEN[8195:], "web1@first": WRITTEN, "web2": BASE}
-# One whose delta is over the base, and one with a snapshot in between.
-CLONES = ["web2", "web1"]
+# One whose delta is over the base, and one with a snapshot in between; both, of which block 2 comes into a layer.
+CLONES = ["web2", "web1", "web1 web2"]
 
 
 def rebase(pool: Pool, name: str) -> None:
-    drive(find_verb("rebase").begin(LocalTarget(pool), {"names": [name], "onto": "update"}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common_layer, "WORTH", BLOCK_SIZE)
+        drive(find_verb("rebase").begin(LocalTarget(pool), {"names": name.split(), "onto": "update"}))
 
 
 @pytest.fixture(scope="module", name="model")
@@ -65,7 +69,7 @@ def require_right(root: Path, name: str, *, done: bool = False) -> None:
         assert "already" in str(error)  # noqa: PT017
     else:
         assert not done
-    for other in set(CLONES) - {name}:
+    for other in {"web1", "web2"} - set(name.split()):
         pool.remove([other])
     pool.remove(["base"])
     look()
@@ -103,7 +107,8 @@ def test_a_power_cut_at_any_step_leaves_what_reads_as_before(
     model: Path, tmp_path: Path, memory: Path, name: str
 ) -> None:
     seed = int(os.environ.get("POWERCUT_SEED", "0"))
-    cut_power_at_every_step(copy(model, tmp_path / "root"), memory, name, STATES_PER_STEP, seed=seed)
+    states = STATES_PER_STEP // len(name.split())  # as long for each
+    cut_power_at_every_step(copy(model, tmp_path / "root"), memory, name, states, seed=seed)
 
 
 def run_and_die(root: Path, name: str, last: int) -> None:
