@@ -95,7 +95,7 @@ class Campaign(Further):
             elif process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     process.send_signal(self.rng.choice([signal.SIGKILL, signal.SIGINT]))
-        _, said = await asyncio.wait_for(ending, VERB_S)
+        printed, said = await asyncio.wait_for(ending, VERB_S)
         text = said.decode()
         status = process.returncode
         self.history[-1] += f" -> {status} {text.strip()[-200:]}"
@@ -103,6 +103,7 @@ class Campaign(Further):
             raise Wrong(f"{' '.join(args)}: {text}")
         if status == 0:
             self.counts[name] += 1
+            self.counts["layers of rebased clones"] += b"in a layer beneath them" in printed
         elif kill:
             self.counts[f"{name}, interrupted"] += 1
         else:
@@ -151,11 +152,12 @@ class Campaign(Further):
 @contextlib.contextmanager
 def small_steps(counted: Path, step: int, stretch: int) -> Iterator[None]:
     """Whatever is started meanwhile copies so many bytes at a time when it merges, and gives space back after so many;
-    the file has a byte for each time that holes were made in a layer.
+    the file has a byte for each time that holes were made in a layer. Rebase makes a layer for a block.
     """
     values: dict[str, dict[str, float]] = {
         "nbdclone.store.copying": {"STEP": step, "SPAN": 4 * step},
         "nbdclone.store.giving_back": {"STRETCH": stretch, "HOLES_AT_ONCE": 2},
+        "nbdclone.store.common_layer": {"WORTH": 4 << 10},
         "nbdclone.server.merger": {"LOOK_S": 0.1},
     }
     counted.touch()
