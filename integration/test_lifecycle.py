@@ -198,8 +198,9 @@ class Story:
 
     def rebase(self) -> None:
         with self.beside("rebase --keep-content"):
-            self.run("rebase", "one", "four", "--onto", "new", "--keep-content")
-        assert self.run_json("info", "four")["base"] == "new"
+            said = self.run("rebase", "one", "four", "two", "--onto", "new", "--keep-content")
+        assert "MiB of what they have otherwise than 'new' is in a layer beneath them" in said
+        assert {self.run_json("info", name)["base"] for name in ("one", "two", "four")} == {"new"}
 
     def compact(self) -> None:
         with self.beside("compact --online"):

@@ -45,9 +45,17 @@ def test_rebase_says_for_each_clone_what_was_done(pool: Path) -> None:
     assert again[0] == "'web1' is on 'new' already"
 
 
+def test_rebase_says_what_went_into_a_layer(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbdclone.store.common_layer.WORTH", BLOCK)
+    planned = run(pool, "rebase", "web1", "web2", "--onto", "new", "--dry-run").stdout.splitlines()
+    assert planned[2] == "4 KiB of what they have otherwise than 'new' would be in a layer beneath them"
+    done = run(pool, "rebase", "web1", "web2", "--onto", "new").stdout.splitlines()
+    assert done[2].endswith(" KiB of what they have otherwise than 'new' is in a layer beneath them")
+
+
 def test_rebase_as_json(pool: Path) -> None:
     result = json.loads(run(pool, "rebase", "web1", "--onto", "new", "--json").stdout)
-    assert result["onto"] == "new"
+    assert (result["onto"], result["shared"]) == ("new", 0)
     (line,) = result["clones"]
     assert line.keys() == {"name", "state", "before", "after", "copied", "conflicts", "dropped"}
     assert (line["name"], line["state"], line["copied"]) == ("web1", "done", BLOCK)
