@@ -62,10 +62,15 @@ class GivingBack:
         """So many bytes more were copied, and the delta has all that the layer had up to byte ``end`` of the disk."""
         self._data += data
         if self._data >= STRETCH:
-            self._data = 0
-            # A full disk, say, or a clone that cannot be read, or was removed just now: what was copied is no less.
-            with contextlib.suppress(NBDCloneError, OSError):
-                self._give_back(end)
+            self.gave_back(end)
+
+    def gave_back(self, end: int) -> bool:
+        """Give back what there is up to there. False: not all, for somebody reads it, say."""
+        self._data = 0
+        # A full disk, say, or a clone that cannot be read, or was removed just now: what was copied is no less.
+        with contextlib.suppress(NBDCloneError, OSError):
+            self._give_back(end)
+        return self._start >= end
 
     def _give_back(self, end: int) -> None:
         """As far as it can be done; what is left is the next time's."""

@@ -166,7 +166,7 @@ def merge_into(target: Target, name: str, layer: str) -> Steps:
                 f"removing a snapshot beneath '{name}'",
                 origin=top - 1,
                 holes=True,
-                copied=giving.copied,
+                giving=giving,
             )
             # Both slots of the map: the layer is about to go.
             clone.delta.settle_all()
@@ -260,9 +260,7 @@ def merge_layers(places: Places, merge: Merge) -> Steps:
                 return 0
             alone = _Alone(clone)
             giving = GivingBack(places, alone, merge.layer, partial(_is_due, places, merge))
-            copied = yield from copy_up_all(
-                alone, "removing a snapshot", origin=len(layers), holes=True, copied=giving.copied
-            )
+            copied = yield from copy_up_all(alone, "removing a snapshot", origin=len(layers), holes=True, giving=giving)
             delta.settle_all()
             # A power cut from now on: all that the layer has is durably its child's, in both slots of its map.
             with places.changing():

@@ -155,7 +155,7 @@ def test_flatten_beyond_the_quota_or_the_disk_says_so_and_does_nothing(
     with pytest.raises(StorageError, match=r"'web1' may have 524288, of which .* nothing was done"):
         run(web1, "flatten", name="web1")
     assert info(web1, "web1").allocated == allocated
-    monkeypatch.setattr("nbdclone.store.copying._require_room", lambda *_: None)
+    monkeypatch.setattr("nbdclone.store.copying._require_quota", lambda *_: None)
     before = read(web1, "web1")
     with pytest.raises(StorageError, match="quota exceeded; nothing is lost"):
         run(web1, "flatten", name="web1")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -330,6 +332,64 @@ def test_a_full_disk_stops_the_giving_back_and_not_the_merge(
     monkeypatch.setattr(GivingBack, "_punch", refuse)
     assert run(into_a_clone, "merge")["merged"] == 1
     assert read(into_a_clone, "web1") == content
+
+
+@pytest.fixture
+def small_disk(due: Pool, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Callable[[], int]]:
+    """Let so many blocks be free from now on; what was the least since, is told."""
+
+    def used() -> int:
+        return sum(path.stat().st_blocks * 512 for path in due.path.rglob("*") if path.is_file())
+
+    def make(blocks: int) -> Callable[[], int]:
+        most, least = used() + blocks * BLOCK_SIZE, [blocks]
+
+        def statvfs(path: Path) -> SimpleNamespace:
+            least.append((most - used()) // BLOCK_SIZE)
+            return SimpleNamespace(f_bavail=least[-1], f_frsize=BLOCK_SIZE)
+
+        monkeypatch.setattr("nbdclone.store.copying.os", SimpleNamespace(statvfs=statvfs, stat=os.stat))
+        return lambda: min(least)
+
+    return make
+
+
+def test_a_merge_goes_on_a_disk_that_has_no_room_for_all_of_it(
+    due: Pool, small_disk: Callable[[int], Callable[[], int]]
+) -> None:
+    before = contents(due)
+    least = small_disk(8)
+    result = run(due, "merge")
+    assert result["merged"] == 1, str(result["left"])
+    assert least() >= 1, "clients are left as much as is copied at once"
+    assert contents(due) == before
+    assert is_clean(list(check_pool(due.path, deep=True)))
+
+
+def test_a_merge_fills_no_disk_while_somebody_has_the_layer_open(
+    due: Pool, small_disk: Callable[[int], Callable[[], int]]
+) -> None:
+    (merge,) = find_merges(due.places)
+    before = contents(due)
+    least, seen = small_disk(8), []
+    with contextlib.closing(Sealed.open(due.places.layer(merge.layer), "it", due.places.fs)):
+        for _ in range(4):  # as a server does, again and again
+            (left,) = run(due, "merge")["left"]
+            assert re.search(r"takes \d+ bytes, and \d+ are free: nothing is lost", left["why"])
+            seen.append(least())
+    assert seen[0] >= 2
+    assert seen == [seen[0]] * 4, "what was copied has to come back before more is"
+    assert contents(due) == before
+    assert run(due, "merge")["merged"] == 1
+    assert contents(due) == before
+
+
+def test_a_merge_says_what_it_takes_where_there_is_no_room_at_all(
+    due: Pool, small_disk: Callable[[int], Callable[[], int]]
+) -> None:
+    small_disk(1)
+    (left,) = run(due, "merge")["left"]
+    assert "are free: nothing is lost, and it can be done again" in left["why"]
 
 
 def test_holes_that_are_copied_count_for_nothing(into_a_clone: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
