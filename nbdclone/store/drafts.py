@@ -61,7 +61,7 @@ class State:
                 raise ValueError("of another format")
             if not 0 <= section < len(head.sections) or (filled and filled.offset > head.sections[section]):
                 raise ValueError("beyond its end")
-        except (ValueError, KeyError, TypeError, AttributeError, NBDCloneError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, NBDCloneError) as error:
             raise StorageError(f"{path}: not the state of a stream ({error})") from None
         return cls(head, section, filled)
 

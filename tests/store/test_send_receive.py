@@ -327,6 +327,21 @@ def test_a_snapshot_is_sent_while_its_clone_is_written_to(here: Pool, there: Poo
 # Accidents and malice
 
 
+@pytest.mark.parametrize(
+    "garbage", [b"", b"{", b"[" * 20000, b"[]", b'{"bitmap": "", "head": 1}', b'{"offset": 1e999, "bitmap": "00"}']
+)
+def test_a_state_that_cannot_be_read_is_begun_anew(here: Pool, there: Pool, garbage: bytes) -> None:
+    stream = sent(here, "web1@two")
+    with pytest.raises(InvalidStream):
+        receive(there, stream[:-40])
+    (found,) = drafts.interrupted(there.places)
+    (found.path / drafts.RECEIVED_STATE).write_bytes(garbage)
+    assert drafts.interrupted(there.places) == []
+    receive(there, stream)
+    assert content(there, "web1") == content(here, "web1@two")
+    assert os.listdir(there.places.tmp) == []
+
+
 def test_a_stream_cut_anywhere_leaves_the_pool_as_it_was(here: Pool, there: Pool) -> None:
     stream, before = sent(here, "web1@two"), state_of(there)
     dice = random.Random(3)
