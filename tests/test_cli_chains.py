@@ -51,6 +51,9 @@ def test_rebase_says_what_went_into_a_layer(pool: Path, monkeypatch: pytest.Monk
     assert planned[2] == "4 KiB of what they have otherwise than 'new' would be in a layer beneath them"
     done = run(pool, "rebase", "web1", "web2", "--onto", "new").stdout.splitlines()
     assert done[2].endswith(" KiB of what they have otherwise than 'new' is in a layer beneath them")
+    assert len(list(pool.glob("layers/*"))) == 1
+    run(pool, "rebase", "web1", "--onto", "old")
+    assert list(pool.glob("layers/*")) == [], "it became a part of web2"
 
 
 def test_rebase_as_json(pool: Path) -> None:

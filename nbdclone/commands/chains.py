@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nbdclone.commands.blocks import merge_layers
 from nbdclone.commands.common import Json, app, open_pool, print_json, progress_bar, show_size
 
 _KEEP_CHANGES = (
@@ -42,7 +43,13 @@ def rebase(
         result = run_verb(open_pool(), "rebase", arguments, progress)
     if as_json:
         print_json(result)
-        return
+    else:
+        _tell(result, onto, keep_changes, dry_run)
+    if not dry_run:
+        merge_layers(open_pool(), "rebased")  # it may have left one that has one clone by now
+
+
+def _tell(result: dict[str, Any], onto: str, keep_changes: bool, dry_run: bool) -> None:
     for line in result["clones"]:
         print(_line(line, onto, keep_changes))
     if result["shared"]:
