@@ -1,4 +1,4 @@
-"""A layer without a name, over a base, that several clones are put onto: it has once what all of them read there.
+"""A layer without a name that several clones are put onto: it has once what all of them read there.
 
 Hoisting makes one of what the clones own alike. Rebasing makes one of what the old base has and the new one has not:
 each clone would have to take it over, and reads it from the layer instead.
@@ -15,8 +15,6 @@ merged into that, and one that nobody stands on goes, as those of snapshots that
 from __future__ import annotations
 
 import contextlib
-import time
-import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
@@ -26,10 +24,10 @@ from nbdclone.store.clone import Clone
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import Header
 from nbdclone.store.delta_map import DeltaMap
-from nbdclone.store.image import Image
 from nbdclone.store.layer import BLOCK_SIZE, BLOCKS_PER_SEGMENT, paint_delta
 from nbdclone.store.layer_manifest import adding_blocks
 from nbdclone.store.moving import Move, lacking
+from nbdclone.store.opening import open_beneath
 from nbdclone.store.places import Places
 from nbdclone.store.sealed import Sealed
 
@@ -46,22 +44,13 @@ Piece = tuple[int, int, Callable[[memoryview, int], object]]
 
 
 def make_layer(
-    places: Places,
-    base: Image,
-    size: int,
-    overlap: int | None,
-    pieces: Iterable[Piece],
-    total: int,
-    what: str,
-    held: contextlib.ExitStack,
+    places: Places, header: Header, pieces: Iterable[Piece], total: int, what: str, held: contextlib.ExitStack
 ) -> Generator[tuple[int, int], None, Sealed]:
-    """A layer of these whole blocks over the base. Open as long as ``held``, so that nobody removes or merges it.
+    """A layer with this header, of these whole blocks. Open as long as ``held``, so that nobody removes or merges it.
 
-    ``size`` and ``overlap`` as in its header; ``total``: the bytes of all ``pieces``; ``what`` begins the messages.
-    Raises StorageError.
+    ``total``: the bytes of all ``pieces``; ``what`` begins the messages. Raises StorageError.
     """
-    fs, record = places.fs, base.record
-    header = Header(uuid.uuid4().bytes, record.id, record.fingerprint, size, time.time_ns(), base.name, overlap=overlap)
+    fs = places.fs
     buffer = memoryview(bytearray(COPY_SIZE))
     done = 0
     with places.no_space_left(what), places.staging() as staging:
@@ -69,8 +58,7 @@ def make_layer(
         fs.mkdir(draft)
         Delta.create(draft / "delta", header, fs)
         delta = Delta.open(draft / "delta", "the layer", fs)
-        beneath = Image.open(base.name, base.directory, fs)
-        with Clone("the layer", [beneath, delta], fs) as disk:
+        with Clone("the layer", [*open_beneath(places, what, header), delta], fs) as disk:
             for offset, length, read in pieces:
                 for at in range(offset, offset + length, COPY_SIZE):
                     view = buffer[: min(COPY_SIZE, offset + length - at)]

@@ -15,24 +15,36 @@ nobody stands on goes, as those of snapshots that were removed.
 from __future__ import annotations
 
 import contextlib
+import time
+import uuid
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
 from nbdclone.errors import UsageError
 from nbdclone.store.block_sets import ALL_BLOCKS, NO_BLOCKS, both, either, runs_of, to_bitmap, without
-from nbdclone.store.common_layer import Piece, make_layer
-from nbdclone.store.delta_file import place_of
+from nbdclone.store.common_layer import MOST_MEMBERS, Piece, make_layer
+from nbdclone.store.delta_file import Header, place_of
 from nbdclone.store.delta_map import DeltaMap
 from nbdclone.store.fs import FileSystem, data_and_holes
 from nbdclone.store.image import Image
-from nbdclone.store.layer import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE, paint_delta
+from nbdclone.store.layer import (
+    BLOCK_SHIFT,
+    BLOCK_SIZE,
+    BLOCKS_PER_SEGMENT,
+    MAX_LAYERS,
+    SEGMENT_SIZE,
+    Layer,
+    paint_delta,
+)
 from nbdclone.store.moving import Move
+from nbdclone.store.opening import open_top, with_beneath
 from nbdclone.store.rebasing import open_base, part, together
 from nbdclone.store.sharing import share
+from nbdclone.store.standing import lowest_layer
 
 if TYPE_CHECKING:
     from nbdclone.control.verbs import Steps, Target
@@ -50,7 +62,7 @@ Segments = dict[int, bytearray]
 
 @dataclass(slots=True)
 class _Candidate:
-    """A clone directly over the base, as its file has it; the counts are of blocks that the layer would have."""
+    """A clone as its file has it; the counts are of blocks that the layer would have."""
 
     name: str
     fd: int
@@ -59,6 +71,14 @@ class _Candidate:
     alike: int = 0  # the same content
     owned: int = 0  # some content
     file_size: int = 0
+
+
+@dataclass(slots=True)
+class _Group:
+    """Clones that stand on the same: the base, or a layer over it."""
+
+    parent: Layer
+    candidates: list[_Candidate]
 
 
 @dataclass(slots=True)
@@ -79,58 +99,65 @@ _ANY = bytes([0]) + b"\1" * 255
 def hoist(
     target: Target, base: str, min_clones: int | None = None, dry_run: bool = False, dedupe: bool = False
 ) -> Steps:
-    """Put into a layer of their own the blocks that ``min_clones`` clones directly over the base have alike (default:
-    half of them), and move those clones onto it that take less space so. At most 255 clones are looked at.
+    """Put into a layer of their own the blocks that ``min_clones`` clones have alike which stand directly on the base,
+    or on the same layer over it (default: half of them), and move those clones onto it that take less space so. At most
+    255 clones of each are looked at.
 
-    Returns bytes: of the ``layer``, and all deltas ``before`` and ``after`` (in a dry run: as far as that can be told);
-    and the names of the ``clones`` that were moved. Raises NotFound, UsageError, and what ``rebase`` raises.
-    ``dedupe``: nothing is moved, the file system shares what is alike (:func:`nbdclone.store.sharing.share`).
+    Returns bytes: of the ``layer`` (all of them), and all deltas ``before`` and ``after`` (in a dry run: as far as that
+    can be told); and the names of the ``clones`` that were moved. Raises NotFound, UsageError, and what ``rebase``
+    raises. ``dedupe``: nothing is moved, the file system shares what is alike (:func:`nbdclone.store.sharing.share`).
     """
     places = target.pool.places
     if dedupe:
         if min_clones is not None:
             raise UsageError("--dedupe shares whatever is there twice: it takes no --min-clones")
         return (yield from share(places, base, dry_run))
+    if min_clones is not None and min_clones < 2:
+        raise UsageError("what one clone has alone is not shared: --min-clones is 2 or more")
+    result: dict[str, Any] = {"base": base, "layer": 0, "clones": [], "before": 0, "after": 0, "dry_run": dry_run}
     with contextlib.ExitStack() as held:
         image = open_base(places, base)
         held.callback(image.close)
-        candidates = _candidates(places, image, held)
-        if len(candidates) < 2:
-            raise UsageError(f"base '{base}' has {len(candidates)} clone(s) directly over it: nothing is shared")
-        least = max(2, -(-len(candidates) // 2)) if min_clones is None else min_clones
-        if least < 2:
-            raise UsageError("what one clone has alone is not shared: --min-clones is 2 or more")
-        found = yield from part(_find(candidates, least, places.fs), 0, 3)
-        moving = [each for each in candidates if each.alike > found.count - each.owned]
-        saved = sum(each.alike - (found.count - each.owned) for each in moving) - found.count
-        before = sum(each.file_size for each in candidates)
-        result = {
-            "base": base,
-            "layer": found.count * BLOCK_SIZE,
-            "clones": [each.name for each in moving],
-            "before": before,
-            "after": before - saved * BLOCK_SIZE,
-            "dry_run": dry_run,
-        }
-        if saved <= 0:
-            return result | {"layer": 0, "clones": [], "after": before}
-        if dry_run:
-            return result
-        size = max(image.size, *(each.size for each in candidates))
-        pieces = _pieces(candidates, found, places.fs)
-        making = make_layer(places, image, size, None, pieces, found.count * BLOCK_SIZE, f"hoist of '{base}'", held)
-        layer = yield from part(making, 1, 3)
-        staging = held.enter_context(places.staging())
-        bitmaps = {segment: to_bitmap(found.blocks(segment)) for segment in sorted(found.sources)}
-        record = image.record
-        move = Move(record.id, layer.header.id, record.id, image.name, record.fingerprint, None, bitmaps)
-        move.save(staging / "move")
-        path = str((staging / "move").relative_to(places.tmp))
-        works = [target.run("move-clone", {"name": each.name, "move": path}) for each in moving]
-        yield from part(together(works), 2, 3)
-        allocated = places.layer(layer.header.id).stat().st_blocks * 512
-        after = sum(_allocated(places, each.name) for each in candidates)
-        return result | {"layer": allocated, "after": after + allocated}
+        groups = _groups(places, image, held)
+        if not groups:
+            raise UsageError(f"no two clones of base '{base}' stand on the same: nothing is shared")
+        for number, group in enumerate(groups):
+            done = yield from part(_hoist_group(target, image, group, min_clones, dry_run, held), number, len(groups))
+            for what, amount in done.items():
+                result[what] += amount
+    return result
+
+
+def _hoist_group(
+    target: Target, base: Image, group: _Group, min_clones: int | None, dry_run: bool, held: contextlib.ExitStack
+) -> Generator[tuple[int, int], None, dict[str, Any]]:
+    places, candidates = target.pool.places, group.candidates
+    least = max(2, -(-len(candidates) // 2)) if min_clones is None else min_clones
+    found = yield from part(_find(candidates, least, places.fs), 0, 3)
+    moving = [each for each in candidates if each.alike > found.count - each.owned]
+    saved = sum(each.alike - (found.count - each.owned) for each in moving) - found.count
+    before = sum(each.file_size for each in candidates)
+    if saved <= 0:
+        return {"before": before, "after": before}
+    size = found.count * BLOCK_SIZE
+    result = {"clones": [each.name for each in moving], "before": before}
+    if dry_run:
+        return result | {"layer": size, "after": before - saved * BLOCK_SIZE}
+    record, parent = base.record, group.parent
+    widest = max(parent.size, *(each.size for each in candidates))
+    header = Header(uuid.uuid4().bytes, parent.id, record.fingerprint, widest, time.time_ns(), base.name)
+    making = make_layer(places, header, _pieces(candidates, found, places.fs), size, f"hoist of '{base.name}'", held)
+    layer = yield from part(making, 1, 3)
+    staging = held.enter_context(places.staging())
+    bitmaps = {segment: to_bitmap(found.blocks(segment)) for segment in sorted(found.sources)}
+    move = Move(parent.id, layer.header.id, record.id, base.name, record.fingerprint, None, bitmaps)
+    move.save(staging / "move")
+    path = str((staging / "move").relative_to(places.tmp))
+    works = [target.run("move-clone", {"name": each.name, "move": path}) for each in moving]
+    yield from part(together(works), 2, 3)
+    allocated = places.layer(layer.header.id).stat().st_blocks * 512
+    after = sum(_allocated(places, each.name) for each in candidates)
+    return result | {"layer": allocated, "after": after + allocated}
 
 
 def _allocated(places: Places, name: str) -> int:
@@ -139,18 +166,36 @@ def _allocated(places: Places, name: str) -> int:
     return 0
 
 
-def _candidates(places: Places, base: Image, held: contextlib.ExitStack) -> list[_Candidate]:
-    """The clones directly over the base. What a client changed after its last flush may be left out of their maps."""
-    found: list[_Candidate] = []
+def _groups(places: Places, base: Image, held: contextlib.ExitStack) -> list[_Group]:
+    """The clones of the base that stand on the same as another, by what that is; open as long as ``held``.
+
+    What a client changed after its last flush may be left out of their maps.
+    """
+    headers: dict[bytes, dict[str, Header]] = {}
     for name in sorted(places.names_in(places.clones)):
-        path = places.delta(name)
-        header = places.header(path)
-        if header.parent_id == base.record.id and len(found) < 255:
+        header = places.header(places.delta(name))
+        layers, lowest = lowest_layer(places, header)
+        if lowest.parent_id == base.record.id and len(layers) + 3 <= MAX_LAYERS:
+            headers.setdefault(header.parent_id, {})[name] = header
+    found = []
+    for parent_id, clones in headers.items():
+        if len(clones) < 2:
+            continue
+        what = f"'{next(iter(clones))}'"
+        chain: list[Layer] = [base]
+        if parent_id != base.record.id:  # open, so that none of it is given back meanwhile
+            chain = with_beneath(places, what, open_top(places, parent_id, what))
+            for layer in chain:
+                held.callback(layer.close)
+        candidates = []
+        for name, header in list(clones.items())[:MOST_MEMBERS]:
+            path = places.delta(name)
             fd = places.fs.open_file(path, 0)
             held.callback(places.fs.close, fd)
             each = _Candidate(name, fd, DeltaMap(path, fd, header.id, places.fs), header.size)
             each.file_size = places.fs.fstat(fd).st_blocks * 512
-            found.append(each)
+            candidates.append(each)
+        found.append(_Group(chain[-1], candidates))
     return found
 
 

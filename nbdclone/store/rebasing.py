@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
+import uuid
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from nbdclone.store.block_sets import NO_BLOCKS, blocks_in, either, owned_by, ru
 from nbdclone.store.catalog import Catalog
 from nbdclone.store.common_layer import MOST_MEMBERS, Common, Member, find_common, make_layer
 from nbdclone.store.delta import Delta
+from nbdclone.store.delta_file import Header
 from nbdclone.store.delta_map import DeltaMap
 from nbdclone.store.difference import compare_bases
 from nbdclone.store.disk import Disk
@@ -239,7 +242,11 @@ def _make_layer(
     places: Places, group: _Group, move: Move, new: Image, held: contextlib.ExitStack
 ) -> Generator[tuple[int, int], None, Sealed]:
     assert group.common is not None
-    common, size = group.common, group.chain[-1].size
+    common, record = group.common, new.record
+    header = Header(
+        uuid.uuid4().bytes, record.id, record.fingerprint, group.chain[-1].size, time.time_ns(), new.name,
+        overlap=move.overlap,
+    )  # fmt: skip
     source = Disk("what they stand on", group.chain, places.fs)
     pieces = (
         (offset, length, source.read_into)
@@ -247,8 +254,7 @@ def _make_layer(
         for offset, length in runs_of(blocks, segment)
     )
     what = f"rebase onto '{new.name}'"
-    layer = yield from make_layer(places, new, size, move.overlap, pieces, common.size, what, held)
-    return layer
+    return (yield from make_layer(places, header, pieces, common.size, what, held))
 
 
 def _conflicts_of(group: _Group) -> list[int | None]:

@@ -227,6 +227,48 @@ def test_what_a_hoisted_layer_has_behind_the_end_of_the_base_is_still_seen(herd:
     assert read(herd, *names) == before
 
 
+def test_what_rebased_clones_have_alike_is_hoisted_over_their_layer(herd: Pool) -> None:
+    rebase(herd, *NAMES)
+    (lower,) = herd.places.layer_ids()
+    for name in NAMES:
+        write(herd, name, b"update" * BLOCK_SIZE, 200)
+    before = read(herd, *NAMES)
+    planned = run(herd, "hoist", base="new", dry_run=True)
+    done = run(herd, "hoist", base="new")
+    assert done["clones"] == planned["clones"] == NAMES
+    assert done["before"] > done["after"]
+    (upper,) = parents(herd, *NAMES)
+    assert herd.places.header(herd.places.layer(upper)).parent_id == lower
+    assert read(herd, *NAMES) == before
+    assert run(herd, "merge")["merged"] == 1
+    assert herd.places.layer_ids() == [upper], "two layers that all of them stand on are one"
+    assert read(herd, *NAMES) == before
+    require_clean(herd)
+    herd.reset("web1")
+    assert read(herd, "web1")["web1"] == NEW
+    herd.remove(["old", "web1", "web2", "web3"])
+    run(herd, "merge")
+    assert herd.places.layer_ids() == []
+    assert read(herd, "web4")["web4"] == before["web4"]
+
+
+def test_clones_of_a_snapshot_are_hoisted_over_it(herd: Pool) -> None:
+    herd.snapshot("web1@golden")
+    names = ["shop1", "shop2", "shop3"]
+    herd.create_clones("web1@golden", names)
+    for name in names:
+        write(herd, name, b"update" * BLOCK_SIZE, 200)
+    before = read(herd, *names)
+    assert run(herd, "hoist", base="old")["clones"] == names, "web1 has its own alone"
+    assert read(herd, *names) == before
+    golden = herd.places.snapshot("web1@golden").layer
+    (upper,) = parents(herd, *names)
+    assert herd.places.header(herd.places.layer(upper)).parent_id == golden
+    herd.reset("shop1")
+    assert read(herd, "shop1")["shop1"] == read(herd, "web1@golden")["web1@golden"]
+    require_clean(herd)
+
+
 def test_who_was_made_from_a_layer_that_stays_behind_is_made_from_the_new_base(herd: Pool) -> None:
     herd.snapshot("web1@gone")
     herd.create_clones("web1@gone", ["other1", "other2"])
