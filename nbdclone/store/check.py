@@ -153,6 +153,10 @@ class _Check:
                 what = f"{entry!r} is not of nbdclone's making"
                 yield Finding(name, "foreign", what, str(directory / entry), "nothing touches it", NOTE)
 
+    def _no_directory(self, name: str, path: Path) -> Iterator[Finding]:
+        if os.path.lexists(path):  # else it was renamed, or removed, just now
+            yield Finding(name, "foreign", "it is no directory", str(path), "nothing touches it", NOTE)
+
     def _check_staging(self) -> Iterator[Finding]:
         """What operations left in ``.tmp`` that did not come to their end: what nobody holds a lock on."""
         tmp = self._path / ".tmp"
@@ -198,9 +202,10 @@ class _Check:
     def _check_base(self, name: str) -> Iterator[Finding]:
         directory = self._bases / name
         if not directory.is_dir():
-            yield Finding(name, "foreign", "it is no directory", str(directory), "nothing touches it", NOTE)
+            yield from self._no_directory(name, directory)
             return
         try:
+            status = os.stat(directory)
             yield from self._foreign(name, directory, lambda file: files_of_a_base(file) or file.endswith(".new"))
             yield from self._check_drafts(name, directory, "image")
         except FileNotFoundError:
@@ -210,7 +215,10 @@ class _Check:
             return
         others = frozenset(record.id for other, record in self._records.items() if other != name)
         examination = BaseExamination(self._fs, directory, self._above_bases(), others, self._changing, self._wishes)
-        yield from examination.run()
+        for finding in examination.run():
+            if not _is_still(directory, status):
+                return  # it was renamed, or removed, in the midst
+            yield finding
         if examination.record:
             self._records[name] = examination.record
             for clone, header in self._headers.items() if examination.changed else ():
@@ -342,7 +350,7 @@ class _Check:
         directory = self._clones / name
         path = directory / "delta"
         if not directory.is_dir():
-            yield Finding(name, "foreign", "it is no directory", str(directory), "nothing touches it", NOTE)
+            yield from self._no_directory(name, directory)
             return
         try:
             known = {"delta", FILE_NAME, SNAPSHOTS, EPHEMERAL}
@@ -424,6 +432,13 @@ class _Check:
         if not sound or beneath.layers:  # the header is put right first; and the layer that is over the base
             return [Problem(finding)]
         return [Problem(finding, linked_to(self._fs, fd, self._records[base].id, base))]
+
+
+def _is_still(directory: Path, status: os.stat_result) -> bool:
+    """Is it the same one that had this status?"""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.stat(directory), status)
+    return False
 
 
 def _find(records: Mapping[str, BaseRecord], header: Header) -> str | None:

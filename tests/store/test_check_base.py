@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,10 @@ from checked import (
 from nbdclone.errors import BaseChanged, NBDCloneError, NotFound
 from nbdclone.store import image as image_module
 from nbdclone.store.check import check_pool, is_clean
+from nbdclone.store.check_base import BaseExamination
 from nbdclone.store.check_looks import LOOKS
 from nbdclone.store.delta_file import MAP_SLOTS
+from nbdclone.store.finding import Finding
 from nbdclone.store.fs import FileSystem
 from nbdclone.store.image import CHUNK_SIZE, BaseRecord, Identity, take_samples
 from nbdclone.store.layer import BLOCK_SIZE, SEGMENT_SIZE
@@ -399,6 +401,21 @@ def test_foreign_files_are_named_and_not_touched(pool: Pool) -> None:
     assert all(path.read_text() == "mine" for path in foreign)
     assert all(str(finding).isprintable() for finding in found)
     assert "file" in {entry.name for entry in pool.entries()}
+
+
+def test_a_base_that_is_renamed_meanwhile_is_not_taken_for_a_broken_one(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examine = BaseExamination.run
+
+    def rename_first(self: BaseExamination) -> Iterator[Finding]:
+        os.rename(base_of(pool), base_of(pool).with_name("other"))
+        yield from examine(self)
+
+    monkeypatch.setattr(BaseExamination, "run", rename_first)
+    assert wrong(check(pool)) == []
+    monkeypatch.undo()
+    assert check(pool) == []
 
 
 def test_a_name_of_both_kinds_and_an_id_of_two_bases_are_said(pool: Pool) -> None:
