@@ -99,6 +99,7 @@ def cut_power_at_every_step(
     fs.on_step = look
     rebase(Pool.open(root / "pool", fs=fs), name)
     look(done=True)
+    print(f"{next(numbers)} states of a rebase of {name}")
     return fs
 
 
