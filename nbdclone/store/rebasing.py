@@ -338,7 +338,9 @@ def _keep_changes(places: Places, moved: Sequence[Moved], new: Image) -> None:
                 if header.parent_id != each.base:
                     raise InUse(f"{some(each.clones)}: what it stands on was changed meanwhile: ask again")
                 # A power cut in here leaves some of them on the old base, and none half.
-                move = Move(each.base, record.id, record.id, new.name, record.fingerprint, None, {}, each.origins)
+                # A larger clone sees nothing of the new base behind the end of a layer: nobody could keep that for it.
+                end = block_count(header.size) * BLOCK_SIZE if each.layer and new.size > header.size else None
+                move = Move(each.base, record.id, record.id, new.name, record.fingerprint, end, {}, each.origins)
                 write_header(path, places, header, move.renewed(header))
                 for above in [*map(places.layer, each.above), *(map(places.delta, each.clones) if each.layer else ())]:
                     renew_above(places, above, each.origins, record.id, record.fingerprint)

@@ -295,6 +295,20 @@ def test_changes_are_kept_of_all_that_stand_on_a_layer_or_of_none(herd: Pool) ->
     assert read(herd, "web1")["web1"] == expected
 
 
+def test_a_clone_that_is_larger_than_its_layer_sees_nothing_of_a_new_base_behind_that(herd: Pool) -> None:
+    larger = [blocks(count=BLOCKS + 64), blocks((range(BLOCKS, BLOCKS + 64), b"!"), count=BLOCKS + 64)]
+    for number, content in enumerate(larger):
+        import_image(herd, f"larger{number}", content)
+    herd.create_clones("old", ["big1", "big2"], size=(BLOCKS + 64) * BLOCK_SIZE)
+    rebase(herd, "big1", "big2")
+    assert len(parents(herd, "big1", "big2")) == 1
+    rebase(herd, "big1", "big2", onto="larger0", keep_changes=True)
+    before = read(herd, "big1", "big2")
+    assert before["big1"][BLOCKS * BLOCK_SIZE :] == bytes(64 * BLOCK_SIZE)
+    rebase(herd, "big1", "big2", onto="larger1")
+    assert read(herd, "big1", "big2") == before
+
+
 @pytest.mark.parametrize("verb", ["rebase", "hoist"])
 def test_nobody_merges_it_into_the_first_while_the_others_are_not_on_it(
     herd: Pool, verb: str, monkeypatch: pytest.MonkeyPatch
