@@ -123,17 +123,20 @@ def _open_beneath(places: Places, what: str, header: Header) -> list[Layer]:
 
 def open_parent(places: Places, what: str, header: Header) -> Image:
     """The base that is the parent. Raises BaseChanged and what else makes a base unreadable."""
-    try:
-        parent = places.find_base(header)
-    except NBDCloneError as error:
-        raise type(error)(f"{what} is refused: its base '{header.parent_name}': {error}") from None
-    if parent is None:
-        kind = "layer" if "@" in header.parent_name else "base"
-        raise BaseChanged(f"{what}: its {kind} '{header.parent_name}' ({header.parent_id.hex()}) is missing")
-    try:
-        base = Image.open(parent, places.bases / parent, places.fs)
-    except BaseChanged as error:
-        raise BaseChanged(f"{what} is refused: {error}") from None
+    while True:
+        try:
+            parent = places.find_base(header)
+        except NBDCloneError as error:
+            raise type(error)(f"{what} is refused: its base '{header.parent_name}': {error}") from None
+        if parent is None:
+            kind = "layer" if "@" in header.parent_name else "base"
+            raise BaseChanged(f"{what}: its {kind} '{header.parent_name}' ({header.parent_id.hex()}) is missing")
+        try:
+            base = Image.open(parent, places.bases / parent, places.fs)
+            break
+        except (NotFound, BaseChanged) as error:
+            if (places.bases / parent).is_dir():  # else it was renamed just now
+                raise type(error)(f"{what} is refused: {error}") from None
     if base.record.fingerprint != header.fingerprint:
         base.close()
         raise BaseChanged(

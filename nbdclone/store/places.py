@@ -184,15 +184,19 @@ class Places:
 
         Raises what is wrong with the base of that name, if it is no other.
         """
-        problem: NBDCloneError | None = None
-        for name in [header.parent_name, *self.names_in(self.bases)]:
-            try:
-                if is_name(name) and BaseRecord.load(self.bases / name / "base.json").id == header.parent_id:
-                    return name
-            except NotFound:
-                pass
-            except NBDCloneError as error:
-                problem = error if name == header.parent_name else problem
+        while True:
+            names = self.names_in(self.bases)
+            problem: NBDCloneError | None = None
+            for name in [header.parent_name, *names]:
+                try:
+                    if is_name(name) and BaseRecord.load(self.bases / name / "base.json").id == header.parent_id:
+                        return name
+                except NotFound:
+                    pass
+                except NBDCloneError as error:
+                    problem = error if name == header.parent_name else problem
+            if self.names_in(self.bases) == names:  # else one was renamed meanwhile
+                break
         if problem:
             raise problem
         return None

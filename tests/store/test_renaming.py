@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pkgutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +55,24 @@ def test_a_base_goes_by_another_name_and_its_clones_find_it(web1: Pool, content:
     assert read(web1, "web1") == content
     with pytest.raises(InUse, match="base 'debian' is needed by"):
         web1.remove(["debian"])
+
+
+@pytest.mark.parametrize("at", ["nbdclone.store.places.BaseRecord.load", "nbdclone.store.opening.Image.open"])
+def test_a_base_that_is_renamed_while_its_clone_is_opened_is_found(
+    web1: Pool, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    mine = read(web1, "web1")
+    names = iter(["debian", "ubuntu", "fedora"])
+    original = pkgutil.resolve_name(at)
+
+    def rename_first(*arguments: Any) -> Any:
+        if name := next(names, None):
+            (base,) = web1.places.bases.iterdir()
+            os.rename(base, web1.places.bases / name)
+        return original(*arguments)
+
+    monkeypatch.setattr(at, rename_first)
+    assert read(web1, "web1") == mine
 
 
 def test_another_base_that_takes_the_old_name_is_not_mistaken(web1: Pool, tmp_path: Path) -> None:
