@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from nbdclone.errors import UsageError
+from nbdclone.errors import NotFound, UsageError
 from nbdclone.store.block_sets import ALL_BLOCKS, NO_BLOCKS, both, either, runs_of, to_bitmap, without
 from nbdclone.store.common_layer import MOST_MEMBERS, Piece, make_layer
 from nbdclone.store.delta_file import Header, place_of
@@ -184,7 +184,10 @@ def _groups(places: Places, base: Image, held: contextlib.ExitStack) -> list[_Gr
         what = f"'{next(iter(clones))}'"
         chain: list[Layer] = [base]
         if parent_id != base.record.id:  # open, so that none of it is given back meanwhile
-            chain = with_beneath(places, what, open_top(places, parent_id, what))
+            try:
+                chain = with_beneath(places, what, open_top(places, parent_id, what))
+            except NotFound:  # it is being merged into the last that is left
+                continue
             for layer in chain:
                 held.callback(layer.close)
         candidates = []
