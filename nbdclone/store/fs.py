@@ -346,6 +346,21 @@ class FileSystem:
         """Is this the only descriptor with a lock on the file, as far as can be told? False where it cannot."""
         return locks.is_alone(fd)
 
+    def is_of_this_machine(self, fd: int) -> bool:
+        """Can no other machine have the file open, as far as can be told?"""
+        return locks.is_of_this_machine(fd)
+
+    def lock_look(self, fd: int, number: int) -> None:
+        """See :mod:`nbdclone.store.sealed`."""
+        locks.lock_look(fd, number)
+
+    def unlock_look(self, fd: int, number: int) -> None:
+        locks.unlock_look(fd, number)
+
+    def nobody_looked(self, fd: int, number: int) -> bool:
+        """Is no look before that one in use through another descriptor? False where that cannot be told."""
+        return locks.nobody_looked(fd, number)
+
     @contextlib.contextmanager
     def exclusively(self, path: str | Path) -> Iterator[None]:
         """Hold the lock file at ``path`` (made when missing), waiting for it: for critical sections that are short."""

@@ -11,6 +11,11 @@ And before each: C's blocks and both slots of C's map are durable; who in this p
 nobody else has X open. That is looked at after C's map is in its file: who opens X later reads C's map later, and finds
 C's blocks. Whoever has X open keeps all of it as it is, for so long.
 
+Where C is a layer too, a server may have clones above it open, and these have X open for as long. So then, when C's map
+is in its file, the number of looks at X is counted up, and all open clones above are told to open their chains anew.
+After that nobody but who merges may have X open from a look with an earlier number. Whoever does keeps X as it is: a
+reader of a snapshot, who is not told.
+
 A power cut anywhere leaves X's blocks, or holes that C hides. C's map loses bits in :meth:`Clone.drop` alone: that
 counts as a change of what lies beneath (``restacked``), after which nothing is punched that was found before; and it
 syncs X first, whose zeros may be what C's block equals.
@@ -31,7 +36,7 @@ from nbdclone.store.delta_file import MAP_SLOTS, PAGE_SIZE
 from nbdclone.store.fs import data_and_holes
 from nbdclone.store.layer import BLOCK_SIZE, SEGMENT_SIZE
 from nbdclone.store.places import GOING, SNAPSHOTS, Places
-from nbdclone.store.sealed import Sealed
+from nbdclone.store.sealed import Sealed, look_at
 from nbdclone.store.snapshots import origin_of
 
 # So much is copied between two times that space is given back: each costs some syncs, for which clients' changes wait.
@@ -46,14 +51,22 @@ READERS_PATIENCE_S = 1.0
 
 class GivingBack:
     """The space of one layer during one pass of a merge. ``is_due``: is the layer still to be merged into the clone's
-    delta?
+    delta? ``look_anew``: let all open clones above it read through chains that they open now; None: there can be none.
     """
 
-    def __init__(self, places: Places, opened: Changeable, layer_id: bytes, is_due: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        places: Places,
+        opened: Changeable,
+        layer_id: bytes,
+        is_due: Callable[[], bool],
+        look_anew: Callable[[], object] | None = None,
+    ) -> None:
         self._places = places
         self._opened = opened
         self._layer_id = layer_id
         self._is_due = is_due
+        self._look_anew = look_anew
         self._seen = opened.clone.restacked
         self._start = self._data = 0
         self._begun = False
@@ -76,7 +89,7 @@ class GivingBack:
         """As far as it can be done; what is left is the next time's."""
         places = self._places
         layer = self._layer()
-        if layer is None or not layer.is_alone():
+        if layer is None or not (layer.is_alone() or (self._look_anew and places.fs.is_of_this_machine(layer.fd))):
             return
         self._begun = self._begun or begin(places, self._layer_id, self._is_due)
         if not self._begun or not self._is_due():
@@ -99,12 +112,7 @@ class GivingBack:
         if (found := opened.change(partial(self._settle, layer, end))) is None:
             return False
         opened.change_here(lambda: None)  # what the event loop read before this is over
-        deadline = time.monotonic() + READERS_PATIENCE_S
-        while not clone.past_is_over():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(READERS_S)
-        if not layer.is_alone():
+        if not _comes(clone.past_is_over) or not self._is_alone(layer):
             return False
         runs, stop = found
         data = self._data_of(layer, fd, runs)
@@ -113,6 +121,22 @@ class GivingBack:
                 return False
         self._start = stop
         return True
+
+    def _is_alone(self, layer: Sealed) -> bool:
+        """Is nobody left who may read there what the delta has by now?"""
+        if layer.is_alone():
+            return True
+        if self._look_anew is None:
+            return False
+        number = count_up(self._places, self._layer_id)
+        try:
+            self._look_anew()
+            if _comes(lambda: layer.is_alone_before(number)):
+                return True
+        except (NBDCloneError, OSError):
+            pass
+        self._look_anew = None  # an export of a snapshot, say: it will not do so next time
+        return False
 
     def _layer(self) -> Sealed | None:
         """The layer, if it is right beneath the delta, and nothing was put between, or dropped."""
@@ -142,6 +166,24 @@ class GivingBack:
         for at, length in holes:
             self._places.fs.punch(fd, at, length)
         return True
+
+
+def _comes(is_so: Callable[[], bool]) -> bool:
+    """Wait for it, as long as readers may take."""
+    deadline = time.monotonic() + READERS_PATIENCE_S
+    while not is_so():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(READERS_S)
+    return True
+
+
+def count_up(places: Places, layer_id: bytes) -> int:
+    """Begin another number of looks at a layer that is marked: who opens it from now on takes that. Raises OSError."""
+    mark = places.layer(layer_id).with_name(GOING)
+    number = look_at(mark) + 1
+    os.truncate(mark, number)
+    return number
 
 
 def begin(places: Places, layer_id: bytes, is_due: Callable[[], bool]) -> bool:

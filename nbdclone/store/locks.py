@@ -28,6 +28,8 @@ from nbdclone.errors import StorageError, UsageError
 
 # Far from any data, and from the bytes with which qemu says what it does to an image.
 _BYTE = 1 << 62
+# The bytes behind it say which looks at a layer are still in use (see sealed.py).
+_LOOKS = _BYTE + 1
 # struct flock: type, whence, start, length, process.
 _RECORD = struct.Struct("@hhqqi4x")
 _CONFLICT = frozenset((errno.EAGAIN, errno.EACCES))
@@ -124,14 +126,40 @@ def is_alone(fd: int) -> bool:
 
     False wherever other machines may have the file too: what they have read of others stays in their caches.
     """
-    mount = mount_of(os.fstat(fd).st_dev)
-    if (mount is not None and mount.is_shared) or _serves_nfs():
-        return False
-    try:
+    with contextlib.suppress(OSError):
         _require_no_reader(fd, remote=False)
-    except OSError:
-        return False
-    return True
+        return is_of_this_machine(fd)
+    return False
+
+
+def is_of_this_machine(fd: int) -> bool:
+    """Can no other machine have the file open, as far as can be told?"""
+    mount = mount_of(os.fstat(fd).st_dev)
+    return not (mount is not None and mount.is_shared) and not _serves_nfs()
+
+
+def lock_look(fd: int, number: int) -> None:
+    """Say that a look is in use. Where there are no such locks nothing depends on them. Raises OSError."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _RECORD.pack(fcntl.F_RDLCK, 0, _LOOKS + number, 1, 0))
+    except OSError as error:
+        if error.errno not in _NO_LOCKS | {errno.EINVAL}:
+            raise
+
+
+def unlock_look(fd: int, number: int) -> None:
+    """Say that it is not any more."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _RECORD.pack(fcntl.F_UNLCK, 0, _LOOKS + number, 1, 0))
+
+
+def nobody_looked(fd: int, number: int) -> bool:
+    """Is no look before that one in use through another descriptor? False where that cannot be told."""
+    with contextlib.suppress(OSError):
+        asked = _RECORD.pack(fcntl.F_WRLCK, 0, _LOOKS, number, 0)
+        found = _RECORD.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
+        return found[0] == fcntl.F_UNLCK and is_of_this_machine(fd)
+    return False
 
 
 def _serves_nfs() -> bool:

@@ -121,7 +121,7 @@ def merge_all(target: Target, gently: bool = False) -> Steps:
             if merge.clone is not None:
                 yield from target.run("merge-into", {"name": merge.clone, "layer": layer})
             else:
-                yield from _paced(merge_layers(places, merge), gently)
+                yield from _paced(merge_layers(target, merge), gently)
                 for name in _clones_above(places, merge.child):
                     yield from target.run("relayer", {"name": name})
             merged += 1
@@ -245,8 +245,9 @@ class _Alone:
         return step()
 
 
-def merge_layers(places: Places, merge: Merge) -> Steps:
+def merge_layers(target: Target, merge: Merge) -> Steps:
     """Merge a layer into its only child, which is a layer too. Raises InUse if either is being merged already."""
+    places = target.pool.places
     child, what = places.layer(merge.child), f"layer {merge.child.hex()}"
     with adding_blocks(places, merge.layer), adding_blocks(places, merge.child):
         delta = Delta.open(child, what, places.fs, shared=True)
@@ -259,13 +260,22 @@ def merge_layers(places: Places, merge: Merge) -> Steps:
             if not _is_due(places, merge):
                 return 0
             alone = _Alone(clone)
-            giving = GivingBack(places, alone, merge.layer, partial(_is_due, places, merge))
+            giving = GivingBack(
+                places, alone, merge.layer, partial(_is_due, places, merge), partial(_look_anew, target, merge.child)
+            )
             copied = yield from copy_up_all(alone, "removing a snapshot", origin=len(layers), holes=True, giving=giving)
             delta.settle_all()
             # A power cut from now on: all that the layer has is durably its child's, in both slots of its map.
             with places.changing():
                 delta.change_header(**header_over(delta.header, places.header(places.layer(merge.layer))))
     return copied
+
+
+def _look_anew(target: Target, layer_id: bytes) -> None:
+    """Let all open clones that stand on the layer read through chains that they open now."""
+    for name in _clones_above(target.pool.places, layer_id):
+        for _ in target.run("relayer", {"name": name}):
+            pass
 
 
 def header_over(header: Header, merged: Header) -> dict[str, Any]:

@@ -529,6 +529,12 @@ class SimulatedFileSystem(FileSystem):
             raise InUse(f"{what} is in use by this process ({path})")
         self._locked[fd] = self._open[fd]
 
+    def lock_look(self, fd: int, number: int) -> None:
+        pass
+
+    def unlock_look(self, fd: int, number: int) -> None:
+        pass
+
 
 def _files(directory: Directory) -> Iterable[File]:
     for node in directory.entries.values():

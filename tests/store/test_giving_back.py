@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import random
 import re
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +29,7 @@ from nbdclone.store.check import check_pool, is_clean
 from nbdclone.store.clone import Clone
 from nbdclone.store.delta_file import NO_ORIGIN, change_header
 from nbdclone.store.fs import FileSystem
-from nbdclone.store.giving_back import GivingBack
+from nbdclone.store.giving_back import GivingBack, count_up
 from nbdclone.store.layer import BLOCK_SIZE
 from nbdclone.store.layer_manifest import RECORD
 from nbdclone.store.locks import take
@@ -86,9 +90,11 @@ def test_nothing_is_given_back_of_a_layer_that_another_has_open(due: Pool) -> No
     path = due.places.layer(merge.layer)
     with open(path, "rb") as other:  # a description of its own, as another process has
         take(other.fileno(), shared=True)
+        locks.lock_look(other.fileno(), 0)
         taken = interrupted(due, 6)
         assert taken[-1] == taken[0]
-        assert not due.places.is_going(merge.layer)
+        # Beneath a layer it is said before it is known whether all look anew.
+        assert due.places.is_going(merge.layer) == (merge.clone is None)
         with pytest.raises(BlockingIOError), open(path, "rb+") as third:
             take(third.fileno())
     assert contents(due) == before
@@ -198,6 +204,160 @@ def test_the_mark_and_what_it_rests_on_are_durable_before_the_first_hole(
     before = done[: done.index("hole")]
     assert {clones, clones / "web1" / "snapshots", "marked"} <= set(before)
     assert before[-1] == "marked"
+
+
+# Beneath clones that are open
+
+
+class Served(LocalTarget):
+    """A target where clones are open, as a server has them."""
+
+    def __init__(self, pool: Pool, *disks: Clone) -> None:
+        super().__init__(pool)
+        self.disks = {disk.name: disk for disk in disks}
+        self.looked = 0
+
+    @contextlib.contextmanager
+    def if_open(self, name: str) -> Iterator[Any]:
+        self.looked += 1
+        yield LocalOpened(self.disks[name]) if name in self.disks else None
+
+
+def merge_beneath(target: Served, steps: int) -> list[int]:
+    """So many steps of the merge; the bytes that the layer took, before each."""
+    (merge,) = find_merges(target.pool.places)
+    work = find_verb("merge").begin(target, {})
+    taken = []
+    for _ in range(steps):
+        taken.append(taken_by(target.pool, merge.layer))
+        next(work)
+    work.close()
+    return taken
+
+
+def test_space_comes_back_beneath_open_clones_that_look_anew(web1: Pool, by_blocks: None) -> None:
+    before = contents(web1)
+    web1.remove(["web1@a"])  # of the layers between the base and two clones
+    with web1.open_clone("web1") as one, web1.open_clone("web2") as two:
+        target = Served(web1, one, two)
+        content = [disk.pread(disk.size, 0) for disk in (one, two)]
+        stop, wrong = threading.Event(), []
+
+        def read_on(disk: Clone, expected: bytes) -> None:
+            rng = random.Random(disk.name)
+            while not stop.is_set():
+                at = rng.randrange(disk.size - 9000)
+                if disk.pread(9000, at) != expected[at : at + 9000]:
+                    wrong.append((disk.name, at))
+
+        readers = [threading.Thread(target=read_on, args=pair) for pair in zip((one, two), content, strict=True)]
+        for reader in readers:
+            reader.start()
+        taken = merge_beneath(target, 8)
+        assert taken[-1] <= taken[0] - 4 * BLOCK_SIZE
+        assert target.looked >= 2
+        assert [disk.pread(disk.size, 0) for disk in (one, two)] == content
+        assert drive(find_verb("merge").begin(target, {}))["merged"] == 1
+        stop.set()
+        for reader in readers:
+            reader.join()
+        assert wrong == []
+        assert [disk.pread(disk.size, 0) for disk in (one, two)] == content
+    del before["web1@a"]
+    assert contents(web1) == before
+    assert is_clean(list(check_pool(web1.path, deep=True)))
+
+
+@pytest.mark.parametrize("who", ["a clone", "a snapshot", "a reader"])
+def test_nothing_is_given_back_beneath_who_does_not_look_anew(
+    web1: Pool, by_blocks: None, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    monkeypatch.setattr("nbdclone.store.giving_back.READERS_PATIENCE_S", 0.02)
+    web1.remove(["web1@a"])
+    with contextlib.ExitStack() as opened:
+        one = opened.enter_context(web1.open_clone("web1"))
+        if who == "a clone":
+            other = opened.enter_context(web1.open_clone("web2"))
+        elif who == "a snapshot":
+            other = opened.enter_context(web1.open_clone("web1@b"))
+        else:
+            other = one
+            opened.enter_context(one.holding())
+        target = Served(web1, one)
+        content = other.pread(other.size, 0)
+        taken = merge_beneath(target, 8)
+        assert taken[-1] == taken[0]
+        assert target.looked == 2, "once for each clone, and then no more in this pass"
+        assert other.pread(other.size, 0) == content
+
+
+def test_another_process_that_has_it_open_from_before_is_seen(
+    web1: Pool, by_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbdclone.store.giving_back.READERS_PATIENCE_S", 0.02)
+    web1.remove(["web1@a"])
+    script = (
+        "import sys; from nbdclone.store.pool import Pool; disk = Pool.open(sys.argv[1]).open_clone('web2');"
+        "print(disk.size, flush=True); input(); print(disk.pread(disk.size, 0).hex())"
+    )
+    content = read(web1, "web2")
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(web1.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert int(process.stdout.readline()) == len(content)
+        with web1.open_clone("web1") as one:
+            taken = merge_beneath(Served(web1, one), 8)
+        assert taken[-1] == taken[0]
+        assert bytes.fromhex(process.communicate("\n")[0]) == content
+
+
+def test_a_look_has_the_number_of_its_time(web1: Pool) -> None:
+    layer_id = web1.places.snapshot("web1@b").layer
+    path = web1.places.layer(layer_id)
+    path.with_name(GOING).touch()
+    mine = Sealed.open(path, "it")
+    early = Sealed.open(path, "it")
+    number = count_up(web1.places, layer_id)
+    assert number == 1
+    late = Sealed.open(path, "it")
+    assert not mine.is_alone_before(number)
+    early.close()
+    assert mine.is_alone_before(number)
+    assert late.is_alone_before(number) is False, "mine is from before"
+    assert not mine.is_alone_before(count_up(web1.places, layer_id))
+    late.close()
+    assert mine.is_alone()
+    with open(path, "rb") as other:
+        locks.lock_look(other.fileno(), 1)
+        assert mine.is_alone_before(1)
+        assert not mine.is_alone_before(2)
+        locks.unlock_look(other.fileno(), 1)
+        assert mine.is_alone_before(2)
+    mine.close()
+
+
+def test_a_look_that_is_counted_up_meanwhile_is_taken_anew(web1: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer_id = web1.places.snapshot("web1@b").layer
+    path = web1.places.layer(layer_id)
+    path.with_name(GOING).touch()
+    mine = Sealed.open(path, "it")
+    number = count_up(web1.places, layer_id)
+    lock_look = locks.lock_look
+    numbers = []
+
+    def slowly(fd: int, number: int) -> None:
+        numbers.append(number)
+        if len(numbers) == 1:
+            count_up(web1.places, layer_id)
+        lock_look(fd, number)
+
+    monkeypatch.setattr(locks, "lock_look", slowly)
+    other = Sealed.open(path, "it")
+    assert numbers == [number, number + 1]
+    assert mine.is_alone_before(number + 1)
+    other.close()
+    mine.close()
 
 
 # Beside readers and changes
