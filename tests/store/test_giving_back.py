@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -235,33 +235,41 @@ def merge_beneath(target: Served, steps: int) -> list[int]:
     return taken
 
 
+@contextlib.contextmanager
+def reading(disks: Sequence[Clone], content: Sequence[bytes]) -> Iterator[None]:
+    """Threads that read the disks meanwhile, and find this content."""
+    stop, wrong = threading.Event(), []
+
+    def read_on(disk: Clone, expected: bytes) -> None:
+        rng = random.Random(disk.name)
+        while not stop.is_set():
+            at = rng.randrange(disk.size - 9000)
+            if disk.pread(9000, at) != expected[at : at + 9000]:
+                wrong.append((disk.name, at))
+
+    readers = [threading.Thread(target=read_on, args=pair) for pair in zip(disks, content, strict=True)]
+    for reader in readers:
+        reader.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for reader in readers:
+            reader.join()
+    assert wrong == []
+
+
 def test_space_comes_back_beneath_open_clones_that_look_anew(web1: Pool, by_blocks: None) -> None:
     before = contents(web1)
     web1.remove(["web1@a"])  # of the layers between the base and two clones
     with web1.open_clone("web1") as one, web1.open_clone("web2") as two:
         target = Served(web1, one, two)
         content = [disk.pread(disk.size, 0) for disk in (one, two)]
-        stop, wrong = threading.Event(), []
-
-        def read_on(disk: Clone, expected: bytes) -> None:
-            rng = random.Random(disk.name)
-            while not stop.is_set():
-                at = rng.randrange(disk.size - 9000)
-                if disk.pread(9000, at) != expected[at : at + 9000]:
-                    wrong.append((disk.name, at))
-
-        readers = [threading.Thread(target=read_on, args=pair) for pair in zip((one, two), content, strict=True)]
-        for reader in readers:
-            reader.start()
-        taken = merge_beneath(target, 8)
-        assert taken[-1] <= taken[0] - 4 * BLOCK_SIZE
-        assert target.looked >= 2
-        assert [disk.pread(disk.size, 0) for disk in (one, two)] == content
-        assert drive(find_verb("merge").begin(target, {}))["merged"] == 1
-        stop.set()
-        for reader in readers:
-            reader.join()
-        assert wrong == []
+        with reading((one, two), content):
+            taken = merge_beneath(target, 8)
+            assert taken[-1] <= taken[0] - 4 * BLOCK_SIZE
+            assert target.looked >= 2
+            assert drive(find_verb("merge").begin(target, {}))["merged"] == 1
         assert [disk.pread(disk.size, 0) for disk in (one, two)] == content
     del before["web1@a"]
     assert contents(web1) == before
