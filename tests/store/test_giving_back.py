@@ -345,6 +345,31 @@ def test_a_look_has_the_number_of_its_time(web1: Pool) -> None:
     mine.close()
 
 
+def test_another_process_that_looks_anew_is_seen_to(web1: Pool) -> None:
+    layer_id = web1.places.snapshot("web1@b").layer
+    path = web1.places.layer(layer_id)
+    path.with_name(GOING).touch()
+    script = (
+        "import sys; from pathlib import Path; from nbdclone.store.sealed import Sealed; path = Path(sys.argv[1]);"
+        "one = Sealed.open(path, 'it'); print(flush=True); input(); two = Sealed.open(path, 'it'); one.close();"
+        "print(flush=True); input()"
+    )
+    with contextlib.closing(Sealed.open(path, "it")) as mine, subprocess.Popen(
+        [sys.executable, "-c", script, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        number = count_up(web1.places, layer_id)
+        assert not mine.is_alone_before(number)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        assert mine.is_alone_before(number)
+        assert not mine.is_alone()
+        process.communicate("\n")
+
+
 def test_a_look_that_is_counted_up_meanwhile_is_taken_anew(web1: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     layer_id = web1.places.snapshot("web1@b").layer
     path = web1.places.layer(layer_id)
