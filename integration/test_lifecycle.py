@@ -350,7 +350,10 @@ async def watch(uri: str, layer: Path, until: Callable[[int], bool]) -> list[int
     return found
 
 
-def test_the_space_of_a_layer_comes_back_while_it_is_merged_under_writers_and_kills(tmp_path: Path) -> None:
+@pytest.mark.parametrize("newer", [False, True], ids=["into the clone", "into a newer snapshot"])
+def test_the_space_of_a_layer_comes_back_while_it_is_merged_under_writers_and_kills(
+    tmp_path: Path, newer: bool
+) -> None:
     image = tmp_path / "image.raw"
     with open(image, "wb") as file:
         file.truncate(REGION + MERGED)
@@ -364,9 +367,14 @@ def test_the_space_of_a_layer_comes_back_while_it_is_merged_under_writers_and_ki
             (layer,) = pool.glob("layers/*/delta")
             whole = taken(layer)
             assert whole > REGION + MERGED
+            read = "one"
+            if newer:  # which two clones are over, and both are open
+                read = "two"
+                nbdclone("--pool", pool, "snapshot", "one@newer")
+                nbdclone("--pool", pool, "clone", "one@newer", "two")
             with Load(uri, tmp_path, "one") as load:
                 nbdclone("--pool", pool, "rm", "one@old")
-                asyncio.run(watch(uri, layer, lambda now: now < whole - 2 * STRETCH))
+                asyncio.run(watch(server.uri(read), layer, lambda now: now < whole - 2 * STRETCH))
                 assert layer.with_name("going").exists()
                 load.require_running()
                 server.kill()
@@ -374,7 +382,7 @@ def test_the_space_of_a_layer_comes_back_while_it_is_merged_under_writers_and_ki
         with served(pool, "--workers", "2") as server:
             uri = server.uri("one")
             with Load(uri, tmp_path, "again") as load:
-                found = asyncio.run(watch(uri, layer, lambda now: not now))
+                found = asyncio.run(watch(server.uri(read), layer, lambda now: not now))
                 assert len(found) > 4, "nothing came back before the end"
                 assert found == sorted(found, reverse=True)
                 load.wait_for_enough()
