@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 # What is copied in one step: clients' changes wait meanwhile, for some milliseconds.
 STEP = 1 << 20
-# What is copied of a layer, where the disk has no room for all of it, before its space is given back.
-AT_ONCE = 64 * STEP
 # And how far one step looks: scattered blocks do not get a turn each.
 SPAN = 16 << 20
+# What is copied of a layer, where the disk has no room for all of it, before its space is given back.
+AT_ONCE = 64 * STEP
 
 
 class Changeable(Protocol):
