@@ -10,8 +10,9 @@ FUZZ_SECONDS ?= 180
 KILLS ?= 300
 LIFECYCLE_SECONDS ?= 600
 PAIRS_SECONDS ?= 600
+BETWEEN_SECONDS ?= 600
 
-.PHONY: help demo test packages lint types unit integration bench powercut powerlog kills lifecycle pairs flips traces fuzz format clean
+.PHONY: help demo test packages lint types unit integration bench powercut powerlog kills lifecycle between pairs flips traces fuzz format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p; s/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -61,6 +62,9 @@ powerlog: $(STAMP) ## the same in a guest's ext4, from the log of its disk; docs
 
 lifecycle: $(STAMP) ## random verbs under writers, servers killed in their midst, LIFECYCLE_SECONDS; docs/lifecycle.md
 	$(BIN)/python -m integration.lifecycle --seconds $(LIFECYCLE_SECONDS) $(ARGS)
+
+between: $(STAMP) ## a verb between any two looks of another, BETWEEN_SECONDS; docs/lifecycle.md
+	$(BIN)/python tests/store/between.py --seconds $(BETWEEN_SECONDS) $(ARGS)
 
 pairs: $(STAMP) ## every two verbs at once on the same clone, again and again, PAIRS_SECONDS; docs/lifecycle.md
 	$(BIN)/python -m integration.pairs --seconds $(PAIRS_SECONDS) $(ARGS)

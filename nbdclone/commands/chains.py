@@ -88,6 +88,10 @@ def hoist(
         now = "would be" if dry_run else "is"
         before, after = show_size(result["before"]), show_size(result["after"])
         print(f"{layer} {now} shared by {count} clones of '{base}': {before} on disk before, {after} after")
+        for left in result["left_out"]:
+            print(f"'{left['name']}' stays as it was: {left['why']}")
+    if not dry_run and not dedupe:
+        merge_layers(open_pool(), "hoisted")
 
 
 def _shared_line(result: dict[str, Any], base: str) -> str:

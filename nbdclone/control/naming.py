@@ -27,7 +27,7 @@ def snapshot(target: Target, name: str) -> Steps:
     yield 0, 1
     with target.opened(clone) as opened:
         take_snapshot(places, opened.clone, wanted, opened.change)
-    made = target.pool.info(name)
+        made = target.pool.info(name)
     return {"kind": made.kind} | asdict(made)
 
 

@@ -108,7 +108,7 @@ def copy_up_all(
 
 def _require_quota(clone: Clone, what: str, needed: int) -> None:
     delta: Any = clone.delta
-    taken = os.stat(delta.path).st_blocks * 512
+    taken = os.fstat(delta.fd).st_blocks * 512
     if (quota := delta.header.quota) and taken + needed > quota:
         raise StorageError(
             f"{what} takes {needed} bytes more, and '{clone.name}' may have {quota}, of which it has {taken}: "

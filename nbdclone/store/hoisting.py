@@ -44,7 +44,8 @@ from nbdclone.store.moving import Move
 from nbdclone.store.opening import open_top, with_beneath
 from nbdclone.store.rebasing import open_base, part, together
 from nbdclone.store.sharing import share
-from nbdclone.store.standing import lowest_layer
+from nbdclone.store.space import disk_usage
+from nbdclone.store.standing import find_chain
 
 if TYPE_CHECKING:
     from nbdclone.control.verbs import Steps, Target
@@ -104,8 +105,9 @@ def hoist(
     255 clones of each are looked at.
 
     Returns bytes: of the ``layer`` (all of them), and all deltas ``before`` and ``after`` (in a dry run: as far as that
-    can be told); and the names of the ``clones`` that were moved. Raises NotFound, UsageError, and what ``rebase``
-    raises. ``dedupe``: nothing is moved, the file system shares what is alike (:func:`nbdclone.store.sharing.share`).
+    can be told); the names of the ``clones`` that were moved; and of each that was ``left_out`` its ``name`` and
+    ``why``. Raises NotFound, UsageError if nothing could be moved, and what ``rebase`` raises. ``dedupe``: nothing is
+    moved, the file system shares what is alike (:func:`nbdclone.store.sharing.share`).
     """
     places = target.pool.places
     if dedupe:
@@ -114,23 +116,35 @@ def hoist(
         return (yield from share(places, base, dry_run))
     if min_clones is not None and min_clones < 2:
         raise UsageError("what one clone has alone is not shared: --min-clones is 2 or more")
-    result: dict[str, Any] = {"base": base, "layer": 0, "clones": [], "before": 0, "after": 0, "dry_run": dry_run}
+    result: dict[str, Any] = {"base": base, "dry_run": dry_run}
+    result |= {"layer": 0, "clones": [], "before": 0, "after": 0}
     with contextlib.ExitStack() as held:
         image = open_base(places, base)
         held.callback(image.close)
         groups = _groups(places, image, held)
         if not groups:
             raise UsageError(f"no two clones of base '{base}' stand on the same: nothing is shared")
+        refused: dict[str, UsageError] = {}
         for number, group in enumerate(groups):
-            done = yield from part(_hoist_group(target, image, group, min_clones, dry_run, held), number, len(groups))
+            hoisting = _hoist_group(target, image, group, min_clones, dry_run, refused, held)
+            done = yield from part(hoisting, number, len(groups))
             for what, amount in done.items():
                 result[what] += amount
-    return result
+    if refused and not result["clones"]:
+        raise next(iter(refused.values()))
+    return result | {"left_out": [{"name": name, "why": str(refused[name])} for name in sorted(refused)]}
 
 
 def _hoist_group(
-    target: Target, base: Image, group: _Group, min_clones: int | None, dry_run: bool, held: contextlib.ExitStack
+    target: Target,
+    base: Image,
+    group: _Group,
+    min_clones: int | None,
+    dry_run: bool,
+    refused: dict[str, UsageError],
+    held: contextlib.ExitStack,
 ) -> Generator[tuple[int, int], None, dict[str, Any]]:
+    """``refused``: where those are noted that cannot be moved."""
     places, candidates = target.pool.places, group.candidates
     least = max(2, -(-len(candidates) // 2)) if min_clones is None else min_clones
     found = yield from part(_find(candidates, least, places.fs), 0, 3)
@@ -153,17 +167,22 @@ def _hoist_group(
     move = Move(parent.id, layer.header.id, record.id, base.name, record.fingerprint, None, bitmaps)
     move.save(staging / "move")
     path = str((staging / "move").relative_to(places.tmp))
-    works = [target.run("move-clone", {"name": each.name, "move": path}) for each in moving]
+    works = [_move_one(target, each.name, path, refused) for each in moving]
     yield from part(together(works), 2, 3)
-    allocated = places.layer(layer.header.id).stat().st_blocks * 512
-    after = sum(_allocated(places, each.name) for each in candidates)
+    result["clones"] = [each.name for each in moving if each.name not in refused]
+    allocated = disk_usage(places.layer(layer.header.id))
+    after = sum(disk_usage(places.delta(each.name)) for each in candidates)
     return result | {"layer": allocated, "after": after + allocated}
 
 
-def _allocated(places: Places, name: str) -> int:
-    with contextlib.suppress(FileNotFoundError):  # it was removed, or renamed, just now
-        return places.delta(name).stat().st_blocks * 512
-    return 0
+def _move_one(target: Target, name: str, path: str, refused: dict[str, UsageError]) -> Steps:
+    """One that was removed or changed meanwhile, is in use, or has not the quota, stays as it is: with others it has as
+    much alike as before.
+    """
+    try:
+        yield from target.run("move-clone", {"name": name, "move": path})
+    except UsageError as error:
+        refused[name] = error
 
 
 def _groups(places: Places, base: Image, held: contextlib.ExitStack) -> list[_Group]:
@@ -171,17 +190,17 @@ def _groups(places: Places, base: Image, held: contextlib.ExitStack) -> list[_Gr
 
     What a client changed after its last flush may be left out of their maps.
     """
-    headers: dict[bytes, dict[str, Header]] = {}
+    names: dict[bytes, list[str]] = {}
     for name in sorted(places.names_in(places.clones)):
-        header = places.header(places.delta(name))
-        layers, lowest = lowest_layer(places, header)
-        if lowest.parent_id == base.record.id and len(layers) + 3 <= MAX_LAYERS:
-            headers.setdefault(header.parent_id, {})[name] = header
+        with contextlib.suppress(NotFound):  # it was removed, or renamed, just now
+            on = find_chain(places, places.delta(name))
+            if on.lowest.parent_id == base.record.id and len(on.layers) + 3 <= MAX_LAYERS:
+                names.setdefault(on.header.parent_id, []).append(name)
     found = []
-    for parent_id, clones in headers.items():
+    for parent_id, clones in names.items():
         if len(clones) < 2:
             continue
-        what = f"'{next(iter(clones))}'"
+        what = f"'{clones[0]}'"
         chain: list[Layer] = [base]
         if parent_id != base.record.id:  # open, so that none of it is given back meanwhile
             try:
@@ -191,14 +210,16 @@ def _groups(places: Places, base: Image, held: contextlib.ExitStack) -> list[_Gr
             for layer in chain:
                 held.callback(layer.close)
         candidates = []
-        for name, header in list(clones.items())[:MOST_MEMBERS]:
+        for name in clones[:MOST_MEMBERS]:
             path = places.delta(name)
-            fd = places.fs.open_file(path, 0)
-            held.callback(places.fs.close, fd)
-            each = _Candidate(name, fd, DeltaMap(path, fd, header.id, places.fs), header.size)
-            each.file_size = places.fs.fstat(fd).st_blocks * 512
-            candidates.append(each)
-        found.append(_Group(chain[-1], candidates))
+            with contextlib.suppress(NotFound):
+                fd, header = held.enter_context(places.reading(path))
+                if header.parent_id == parent_id:
+                    pages = DeltaMap(path, fd, header.id, places.fs)
+                    size = places.fs.fstat(fd).st_blocks * 512
+                    candidates.append(_Candidate(name, fd, pages, header.size, file_size=size))
+        if len(candidates) > 1:
+            found.append(_Group(chain[-1], candidates))
     return found
 
 

@@ -173,12 +173,14 @@ class Image:
         try:
             fd = fs.open_file(path, os.O_RDONLY)
         except FileNotFoundError:
+            _require_there(name, directory)
             raise BaseChanged(f"base '{name}' is not there any more: {path} is missing") from None
         try:
             fs.lock(fd, path, f"base '{name}'", shared=True)
             status = fs.fstat(fd)
             if not fs.still_there(path, status):
-                raise BaseChanged(f"base '{name}' was removed or replaced just now ({path})")
+                _require_there(name, directory)
+                raise BaseChanged(f"base '{name}' was replaced just now ({path})")
             identity = Identity.of(status)
             # The samples alone: what the kernel read ahead of them would put all later reading of the file out of step.
             fs.fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
@@ -206,6 +208,11 @@ class Image:
 
     def close(self) -> None:
         self.fs.close(self.fd)
+
+
+def _require_there(name: str, directory: Path) -> None:
+    if not directory.is_dir():
+        raise NotFound(f"base '{name}' was removed or renamed just now")
 
 
 def _renew(directory: Path, record: BaseRecord, fs: FileSystem) -> None:

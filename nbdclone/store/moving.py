@@ -35,7 +35,7 @@ from nbdclone.store.layer_manifest import adding_blocks
 from nbdclone.store.opening import open_beneath
 from nbdclone.store.places import Places
 from nbdclone.store.snapshots import origin_of
-from nbdclone.store.standing import lowest_layer
+from nbdclone.store.standing import chain_beneath, changed_meanwhile
 
 if TYPE_CHECKING:
     from nbdclone.control.verbs import Opened, Steps, Target
@@ -263,7 +263,7 @@ def _drop(opened: Opened, segment: int, runs: list[tuple[int, int]]) -> int:
 
 def _require_over(move: Move, name: str, header: Header) -> None:
     if header.parent_id != move.source:
-        raise InUse(f"'{name}': what it stands on was changed meanwhile: ask again")
+        raise changed_meanwhile([name])
 
 
 def _require_room(name: str, header: Header, allocated: int, plan: Plan) -> None:
@@ -396,7 +396,7 @@ def renew_above(
 def _renewed_above(
     places: Places, header: Header, origins: Sequence[bytes] | None, successor: bytes, fingerprint: bytes
 ) -> Header:
-    if lowest_layer(places, header)[1].parent_id != successor:
+    if chain_beneath(places, header).lowest.parent_id != successor:
         return header  # it is not above what was moved any more: it was reset, or cut free, in between
     made_of_base = header.origin not in (NO_PARENT, NO_ORIGIN) and not places.layer(header.origin).exists()
     was = made_of_base if origins is None else header.origin in origins

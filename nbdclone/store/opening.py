@@ -125,7 +125,7 @@ def open_parent(places: Places, what: str, header: Header) -> Image:
     """The base that is the parent. Raises BaseChanged and what else makes a base unreadable."""
     while True:
         try:
-            parent = places.find_base(header)
+            parent = places.find_base(header.parent_id, header.parent_name)
         except NBDCloneError as error:
             raise type(error)(f"{what} is refused: its base '{header.parent_name}': {error}") from None
         if parent is None:

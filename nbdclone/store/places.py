@@ -141,12 +141,24 @@ class Places:
 
     def header(self, path: Path | str) -> Header:
         """The header of a delta. Raises NotFound, StorageError and its children, OSError."""
+        with self.reading(path) as (_, header):
+            return header
+
+    @contextlib.contextmanager
+    def reading(self, path: Path | str) -> Iterator[tuple[int, Header]]:
+        """A delta's file to be read, open, and its header. Raises NotFound, StorageError and its children, OSError.
+
+        Without a lock: another may take its place at the path, and whoever has it open may change it.
+        """
         try:
             fd = self.fs.open_file(path, os.O_RDONLY)
         except FileNotFoundError:
+            clone = Path(path).parent
+            if clone.parent == self.clones:
+                self.place(clone.name)  # as it is said of one that was never there
             raise NotFound(f"{path} is missing") from None
         try:
-            return read_header(fd, str(path), self.fs)
+            yield fd, read_header(fd, str(path), self.fs)
         finally:
             self.fs.close(fd)
 
@@ -179,22 +191,22 @@ class Places:
             raise NotFound(f"there is no snapshot {name[:200]!r} in {self.path}")
         return found
 
-    def find_base(self, header: Header) -> str | None:
-        """The base that is the parent: under the name it had when the clone was made, else under any.
+    def find_base(self, base_id: bytes, once: str) -> str | None:
+        """The base of that id: under the name that it had ``once``, when a clone was made for one, else under any.
 
         Raises what is wrong with the base of that name, if it is no other.
         """
         while True:
             names = self.names_in(self.bases)
             problem: NBDCloneError | None = None
-            for name in [header.parent_name, *names]:
+            for name in [once, *names]:
                 try:
-                    if is_name(name) and BaseRecord.load(self.bases / name / "base.json").id == header.parent_id:
+                    if is_name(name) and BaseRecord.load(self.bases / name / "base.json").id == base_id:
                         return name
                 except NotFound:
                     pass
                 except NBDCloneError as error:
-                    problem = error if name == header.parent_name else problem
+                    problem = error if name == once else problem
             if self.names_in(self.bases) == names:  # else one was renamed meanwhile
                 break
         if problem:

@@ -162,8 +162,11 @@ class Pool:
                     # Each is whole and durable already: a power cut in between leaves some of them, and no half one.
                     self.places.rename_all([(staging / name, self._clones / name) for name in names])
                 self._fs.sync_directory(self._clones)
-        catalog = Catalog(self.places)
-        return [info for name in names if isinstance(info := catalog.info(name), CloneInfo)]
+        catalog, made = Catalog(self.places), []
+        for name in names:
+            with contextlib.suppress(NotFound):  # somebody removed or renamed it just now
+                made.append(catalog.info(name))
+        return [info for info in made if isinstance(info, CloneInfo)]
 
     def _make_clone(
         self, draft: Path, header: Header, fill: Callable[[Clone], object] | None, mark: Mark | None
@@ -216,7 +219,7 @@ class Pool:
             raise UsageError(f"'{clone}' is a base, and never changes: clones are made of it as it is")
         with self.open_clone(clone) as disk:
             take_snapshot(self.places, disk, snapshot)
-        info = self.info(name)
+            info = self.info(name)
         assert isinstance(info, SnapshotInfo)
         return info
 

@@ -18,7 +18,6 @@ import time
 import uuid
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nbdclone.errors import Interrupted, InUse, NotFound, UsageError
@@ -37,7 +36,8 @@ from nbdclone.store.names import is_name, split_name
 from nbdclone.store.opening import open_parent, open_top, with_beneath
 from nbdclone.store.places import Places
 from nbdclone.store.sealed import Sealed
-from nbdclone.store.standing import Moved, find_moved, some
+from nbdclone.store.space import disk_usage
+from nbdclone.store.standing import Moved, changed_meanwhile, find_moved, some
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -137,15 +137,16 @@ def _open_groups(places: Places, waiting: Sequence[Moved], new: Image, held: con
 
 def _open_chain(places: Places, moved: Moved, new: Image, held: contextlib.ExitStack) -> list[Layer]:
     what = f"'{moved.clones[0]}'"
-    if not moved.left:
-        chain: list[Layer] = [open_parent(places, what, moved.lowest)]
-    else:
-        chain = with_beneath(places, what, open_top(places, moved.left[0], what))
+    with moved.unchanged(places):
+        if not moved.left:
+            chain: list[Layer] = [open_parent(places, what, moved.header)]
+        else:
+            chain = with_beneath(places, what, open_top(places, moved.left[0], what))
     for layer in chain:
         held.callback(layer.close)
     old = chain[0]
     if not isinstance(old, Image):
-        raise InUse(f"{some(moved.clones)}: what it stands on was changed meanwhile: ask again")
+        raise changed_meanwhile(moved.clones)
     if new.size < old.size:
         raise UsageError(
             f"base '{new.name}' has {new.size} bytes, less than the {old.size} of '{old.name}', on which "
@@ -180,7 +181,7 @@ def _keep_content(
                 making = _make_layer(places, group, move, new, held)
                 layer = yield from part(making, 2 * number + 1, total)
                 move = replace(move, target=layer.header.id, overlap=None)
-                shared += places.layer(layer.header.id).stat().st_blocks * 512 - common.size
+                shared += disk_usage(places.layer(layer.header.id)) - common.size
             move = replace(move, bitmaps=common.left_of(move.bitmaps))
         file = staging / f"move-{number}"
         move.save(file)
@@ -231,10 +232,12 @@ def _find_common(places: Places, group: _Group, move: Move) -> Common | None:
     with contextlib.ExitStack() as held:
         members = []
         for each in group.members:
-            path = places.layer(each.layer) if each.layer else places.delta(each.clones[0])
-            fd = places.fs.open_file(path, 0)
-            held.callback(places.fs.close, fd)
-            members.append(Member(each.header, DeltaMap(path, fd, each.header.id, places.fs)))
+            path = each.path(places)
+            with each.unchanged(places):
+                fd, header = held.enter_context(places.reading(path))
+            if header.id != each.header.id:  # a snapshot was made of it, or another has its name
+                raise changed_meanwhile(each.clones)
+            members.append(Member(header, DeltaMap(path, fd, header.id, places.fs)))
         return find_common(move, group.chain[-1].size, members)
 
 
@@ -271,15 +274,19 @@ def _move_one(
         return [report]
     places = target.pool.places
     layer = places.layer(moved.layer)
-    before = _allocated(layer)
+    before = disk_usage(layer)
     if dry_run:
         yield 0, 1
-        with contextlib.closing(Sealed.open(layer, f"layer {moved.layer.hex()}", places.fs)) as sealed:
+        with (
+            moved.unchanged(places),
+            contextlib.closing(Sealed.open(layer, f"layer {moved.layer.hex()}", places.fs)) as sealed,
+        ):
             plan = plan_move(move, sealed, sealed.header)
     else:
-        plan = yield from move_layer(places, moved.layer, move)
+        with moved.unchanged(places):
+            plan = yield from move_layer(places, moved.layer, move)
         yield from _renew_all(target, moved, move.origins, new)
-    after = before + plan.to_copy if dry_run else _allocated(layer)
+    after = before + plan.to_copy if dry_run else disk_usage(layer)
     line = _line(moved.clones[0], "dry run" if dry_run else "done", before, after, plan.to_copy, plan.conflicts)
     return [line | {"name": name, "layer": moved.layer.hex()} for name in moved.clones]
 
@@ -333,10 +340,10 @@ def _keep_changes(places: Places, moved: Sequence[Moved], new: Image) -> None:
                 fs.lock(fd, path, f"a snapshot beneath {some(each.clones)}")
         with places.changing():
             for each in moved:
-                path = places.layer(each.layer) if each.layer else places.delta(each.clones[0])
+                path = each.path(places)
                 header = places.header(path)
                 if header.parent_id != each.base:
-                    raise InUse(f"{some(each.clones)}: what it stands on was changed meanwhile: ask again")
+                    raise changed_meanwhile(each.clones)
                 # A power cut in here leaves some of them on the old base, and none half.
                 # A larger clone sees nothing of the new base behind the end of a layer: nobody could keep that for it.
                 end = block_count(header.size) * BLOCK_SIZE if each.layer and new.size > header.size else None
@@ -416,7 +423,3 @@ def together(works: Sequence[Generator[tuple[int, int], None, Any]]) -> Steps:
 
 def _failed(each: Future[Any]) -> bool:
     return each.done() and not each.cancelled() and each.exception() is not None
-
-
-def _allocated(path: Path) -> int:
-    return path.stat().st_blocks * 512

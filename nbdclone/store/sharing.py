@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from nbdclone.errors import UsageError
+from nbdclone.errors import NotFound, UsageError
 from nbdclone.store.block_sets import NO_BLOCKS, runs_of
-from nbdclone.store.delta_file import METADATA_SIZE, SEGMENT_SPAN, place_of, read_header
+from nbdclone.store.delta_file import METADATA_SIZE, SEGMENT_SPAN, place_of
 from nbdclone.store.delta_map import DeltaMap
 from nbdclone.store.fs import CANNOT_SHARE, FileSystem, data_and_holes
 from nbdclone.store.image import Image
 from nbdclone.store.layer import BLOCK_SHIFT, BLOCK_SIZE, BLOCKS_PER_SEGMENT, paint_delta
 from nbdclone.store.rebasing import open_base
-from nbdclone.store.standing import lowest_layer
+from nbdclone.store.standing import find_chain
 
 if TYPE_CHECKING:
     from nbdclone.control.verbs import Steps
@@ -184,24 +184,21 @@ def _files(places: Places, base: Image, held: contextlib.ExitStack) -> list[_Fil
     clones, layers = [], set()
     for name in sorted(places.names_in(places.clones)):
         path = places.delta(name)
-        tops = [places.header(path)]
-        for snapshot in places.snapshots(name, tops[0].id).values():
-            tops.append(places.header(places.layer(snapshot.layer)))
-        for header in tops:
-            beneath, lowest = lowest_layer(places, header)
-            if lowest.parent_id == base.record.id:
-                layers.update(beneath)
-                if header is tops[0]:
-                    clones.append(path)
-                else:
-                    layers.add(header.id)
+        with contextlib.suppress(NotFound):  # it was removed just now
+            own = find_chain(places, path)
+            if own.lowest.parent_id == base.record.id:
+                clones.append(path)
+                layers.update(own.layers)
+            for snapshot in places.snapshots(name, own.header.id).values():
+                chain = find_chain(places, places.layer(snapshot.layer))
+                if chain.lowest.parent_id == base.record.id:
+                    layers.update([snapshot.layer, *chain.layers])
     # Of a last block that is a part of one, nobody knows the rest.
     files = [_File(base.fd, base.size // BLOCK_SIZE)]
     for path in [*map(places.layer, sorted(layers)), *clones]:
-        fd = places.fs.open_file(path, os.O_RDONLY)
-        held.callback(places.fs.close, fd)
-        header = read_header(fd, str(path), places.fs)
-        files.append(_File(fd, -(-header.size // BLOCK_SIZE), DeltaMap(path, fd, header.id, places.fs)))
+        with contextlib.suppress(NotFound):
+            fd, header = held.enter_context(places.reading(path))
+            files.append(_File(fd, -(-header.size // BLOCK_SIZE), DeltaMap(path, fd, header.id, places.fs)))
     return files
 
 

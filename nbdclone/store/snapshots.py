@@ -199,8 +199,8 @@ def look_back(places: Places, name: str, snapshot: str | None) -> Return:
     layers = sorted(layer_needs(places).keys() - layer_needs(places, {name: then}).keys())
     freed = max(freed_in(places.fs, own / "delta") - EMPTY_DELTA, 0)
     freed += sum(freed_in(places.fs, places.layer(layer_id).parent) for layer_id in layers)
+    since = places.snapshot(f"{name}@{snapshot}").created if snapshot is not None else 0
     found = places.snapshots(name, header.id)
-    since = found[snapshot].created if snapshot is not None else 0
     later = tuple(f"{name}@{other}" for other, record in found.items() if record.created > since)
     return Return(name, shown, size, freed, tuple(layer_id.hex() for layer_id in layers), later)
 
@@ -256,7 +256,7 @@ def _target(places: Places, name: str, header: Header, snapshot: str | None) -> 
         beneath = places.header(places.layer(origin))
         shown = Catalog(places).named.get(origin, "")
         return origin, shown, max(beneath.size, header.size), beneath.fingerprint
-    base = places.find_base(replace(header, parent_id=origin))
+    base = places.find_base(origin, header.parent_name)
     if base is None:
         raise NotFound(f"what '{name}' was made from ({origin.hex()}) is not there any more")
     record = BaseRecord.load(places.bases / base / "base.json")

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from nbdclone.errors import NBDCloneError, NotFound
 from nbdclone.store.catalog import BaseInfo, Catalog, CloneInfo
-from nbdclone.store.delta_file import METADATA_SIZE, NO_PARENT, Header, read_header
+from nbdclone.store.delta_file import METADATA_SIZE, NO_PARENT, Header
 from nbdclone.store.delta_map import DeltaMap, segments_with_data
 from nbdclone.store.fs import FileSystem, data_and_holes
 from nbdclone.store.layer import BLOCK_SIZE, BLOCKS_PER_SEGMENT, SEGMENT_SIZE, block_count
@@ -77,8 +78,9 @@ def layer_needs(
 
     def parent_of(layer_id: bytes) -> bytes | None:
         if layer_id not in parents:
-            path = places.layer(layer_id)
-            parents[layer_id] = places.header(path).parent_id if path.exists() else None
+            parents[layer_id] = None
+            with contextlib.suppress(NotFound):
+                parents[layer_id] = places.header(places.layer(layer_id)).parent_id
         return parents[layer_id]
 
     for clone in places.names_in(places.clones) if clones is None else clones:
@@ -147,7 +149,8 @@ def disk_usage(path: Path, without: Collection[Path] = ()) -> int:
 def freed_in(fs: FileSystem, place: Path) -> int:
     """What comes free, at least, if this file, or this directory, is removed."""
     shared = 0
-    for path in (place, *place.rglob("*")):
+    inside = [Path(directory, name) for directory, _, names in os.walk(place) for name in names]
+    for path in (place, *inside):
         with contextlib.suppress(OSError, NBDCloneError):
             if path.is_file():
                 with opened(fs, path) as fd:
@@ -256,12 +259,23 @@ class _Accounts:
             info for info in self.infos if info.kind != "snapshot" and (not names or info.name in names)
         ]  # snapshots are layers
         found: list[Usage] = []
-        for info in infos:
-            found.append(self._base(info) if isinstance(info, BaseInfo) else self._clone(info))
-            yield len(found), len(infos) + len(layers)
-        for layer_id in layers:
-            found.append(self._layer(layer_id))
-            yield len(found), len(infos) + len(layers)
+        looks: list[tuple[Path, Callable[[], Usage]]] = [
+            (self._places.bases / info.name, partial(self._base, info))
+            if isinstance(info, BaseInfo)
+            else (self._places.clones / info.name, partial(self._clone, info))
+            for info in infos
+        ]
+        looks += [(self._places.layer(layer_id).parent, partial(self._layer, layer_id)) for layer_id in layers]
+        for number, (place, look) in enumerate(looks, start=1):
+            try:
+                usage = look()
+                if usage.error and not place.is_dir():
+                    raise NotFound(f"{place} is missing")
+                found.append(usage)
+            except NotFound:  # it was removed, renamed or merged just now
+                if names:
+                    raise
+            yield number, len(looks)
         order = ["base", "clone", "snapshot", "layer"]
         return sorted(found, key=lambda usage: (order.index(usage.kind), usage.name))
 
@@ -303,8 +317,7 @@ class _Accounts:
         return Usage(kind, shown, layer_id.hex(), size, disk_usage(path.parent), shared, freed, error)
 
     def _marked(self, path: Path) -> tuple[Header, Bits]:
-        with opened(self._fs, path) as fd:
-            header = read_header(fd, str(path), self._fs)
+        with self._places.reading(path) as (fd, header):
             return header, marked_bits(self._fs, fd, path, header)
 
     def _node(self, node_id: bytes) -> _Node | None:
@@ -323,12 +336,26 @@ class _Accounts:
     def _base_node(self, base_id: bytes) -> _Node | None:
         for info in self.infos:
             if isinstance(info, BaseInfo) and info.id == base_id.hex():
-                with opened(self._fs, self._places.bases / info.name / "image") as fd:
+                fd = self._open_base(base_id, info.name)
+                try:
                     bits = _data_bits(self._fs, fd, info.size, 0, range(-(-info.size // SEGMENT_SIZE)))
+                finally:
+                    self._fs.close(fd)
                 node = _Node(bits, segments=set(bits), total=sum(map(int.bit_count, bits.values())))
                 self._nodes[base_id] = node
                 return node
         return None
+
+    def _open_base(self, base_id: bytes, once: str) -> int:
+        """Its image, which may be renamed meanwhile. Raises NotFound, OSError."""
+        while (name := self._places.find_base(base_id, once)) is not None:
+            directory = self._places.bases / name
+            try:
+                return self._fs.open_file(directory / "image", os.O_RDONLY)
+            except FileNotFoundError:
+                if directory.is_dir():
+                    raise
+        raise NotFound(f"base '{once}' was removed just now")
 
     def _layer_node(self, layer_id: bytes, below: _Node | None) -> _Node:
         path = self._places.layer(layer_id)

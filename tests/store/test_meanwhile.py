@@ -10,25 +10,32 @@ import pytest
 
 from nbdclone.control.local import LocalTarget
 from nbdclone.control.verbs import Arguments, Steps, drive, find_verb
+from nbdclone.errors import InUse, NotFound
+from nbdclone.store import common_layer
 from nbdclone.store.check import check_pool, is_clean
 from nbdclone.store.fs import FileSystem
 from nbdclone.store.merging import find_merges, is_work
 from nbdclone.store.pool import Pool
+from nbdclone.store.renaming import rename
+from nbdclone.store.snapshots import look_back
 
 
 class Meanwhile(FileSystem):
-    """Has something done right before a file is opened for the first time."""
+    """Has something done right before a file is opened for the first time, or the one of that ``number``."""
 
     path: Path | None = None
     what: Callable[[], object] | None = None
+    left = 0
 
-    def before(self, path: Path, what: Callable[[], object]) -> None:
-        self.path, self.what = path, what
+    def before(self, path: Path, what: Callable[[], object], number: int = 1) -> None:
+        self.path, self.what, self.left = path, what, number
 
     def open_file(self, path: str | Path, flags: int) -> int:
         if self.what is not None and Path(path) == self.path:
-            what, self.what = self.what, None
-            what()
+            self.left -= 1
+            if not self.left:
+                what, self.what = self.what, None
+                what()
         return super().open_file(path, flags)
 
 
@@ -155,3 +162,83 @@ def test_a_clone_that_is_removed_while_its_siblings_are_hoisted_is_no_error(pool
     target = Between(pool, "move-clone", lambda: "web3" in pool.names() and pool.remove(["web3"]))
     found = drive(find_verb("hoist").begin(target, {"base": "base"}))
     assert found["clones"] == ["web1", "web2"]
+
+
+def alike(pool: Pool, *names: str) -> None:
+    pool.create_clones("base", names, fill=lambda clone: clone.pwrite(b"alike" * 20_000, 0))
+
+
+def test_a_clone_that_is_in_use_when_its_siblings_are_hoisted_is_left_out_and_named(pool: Pool) -> None:
+    alike(pool, "web1", "web2", "web3")
+    with pool.open_clone("web3"):
+        found = drive(find_verb("hoist").begin(LocalTarget(pool), {"base": "base"}))
+    assert found["clones"] == ["web1", "web2"]
+    [left] = found["left_out"]
+    assert (left["name"], left["why"][:21]) == ("web3", "clone 'web3' is in us")
+    assert is_clean(list(check_pool(pool.path)))
+
+
+def test_a_hoist_that_can_move_nobody_says_why(pool: Pool) -> None:
+    alike(pool, "web1", "web2")
+    with pool.open_clone("web1"), pool.open_clone("web2"), pytest.raises(InUse, match="clone 'web1' is in use"):
+        drive(find_verb("hoist").begin(LocalTarget(pool), {"base": "base"}))
+
+
+@pytest.mark.parametrize("opened", [1, 3])
+def test_a_clone_that_is_removed_while_clones_are_looked_at_for_a_hoist_is_no_error(pool: Pool, opened: int) -> None:
+    alike(pool, "web1", "web2", "web3")
+    fs = Meanwhile()
+    fs.before(delta_of(pool, "web3"), lambda: pool.remove(["web3"]), opened)
+    found = drive(find_verb("hoist").begin(LocalTarget(Pool(pool.path, fs)), {"base": "base"}))
+    assert fs.what is None
+    assert found["clones"] == ["web1", "web2"]
+
+
+def test_a_clone_that_is_removed_while_the_pool_is_measured_is_left_out(
+    pool: Pool, looked: tuple[Pool, Meanwhile]
+) -> None:
+    seen, fs = looked
+    fs.before(delta_of(pool, "web1"), lambda: pool.remove(["web1"]), 3)
+    found = drive(find_verb("du").begin(LocalTarget(seen), {"names": []}))
+    assert fs.what is None
+    assert [entry["name"] for entry in found["entries"]] == ["base", "web2"]
+
+
+def again(pool: Pool) -> None:
+    pool.remove(["web2"])
+    pool.create_clones("base", ["web2"])
+
+
+@pytest.mark.parametrize("what", [lambda pool: pool.remove(["web2"]), lambda pool: pool.snapshot("web2@one"), again])
+def test_a_clone_that_becomes_another_when_a_rebase_has_begun_is_not_taken_for_damaged(
+    pool: Pool, content: bytes, what: Callable[[Pool], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common_layer, "WORTH", 4096)
+    (pool.path.parent / "new.img").write_bytes(content[::-1])
+    pool.import_base(pool.path.parent / "new.img", "new")
+    alike(pool, "web1", "web2")
+    before = read(pool, "web1")
+    fs = Meanwhile()
+    fs.before(delta_of(pool, "web2"), lambda: what(pool), 3)  # after it was asked what it stands on
+    target = LocalTarget(Pool(pool.path, fs))
+    with pytest.raises(InUse, match="'web2': what it stands on was changed meanwhile: ask again"):
+        drive(find_verb("rebase").begin(target, {"names": ["web1", "web2"], "onto": "new"}))
+    assert fs.what is None
+    assert read(pool, "web1") == before
+    assert is_clean(list(check_pool(pool.path)))
+
+
+def test_a_rollback_to_a_snapshot_that_goes_meanwhile_says_so(pool: Pool, looked: tuple[Pool, Meanwhile]) -> None:
+    seen, fs = looked
+    pool.snapshot("web1@one")
+    fs.before(pool.places.clones / "web1" / "snapshots" / "one", lambda: rename(pool.places, "web1", "web3"), 2)
+    with pytest.raises(NotFound, match="there is no snapshot 'web1@one'"):
+        look_back(seen.places, "web1", "one")
+    assert fs.what is None
+
+
+def test_a_clone_that_goes_as_soon_as_it_is_made_was_made(pool: Pool) -> None:
+    fs = Meanwhile()
+    fs.before(delta_of(pool, "web1"), lambda: pool.remove(["web1"]))
+    made = Pool(pool.path, fs).create_clones("base", ["web1", "web2"])
+    assert [info.name for info in made] == ["web2"]
