@@ -131,7 +131,7 @@ def hoist(
             for what, amount in done.items():
                 result[what] += amount
     if refused and not result["clones"]:
-        raise next(iter(refused.values()))
+        raise refused[min(refused)]
     return result | {"left_out": [{"name": name, "why": str(refused[name])} for name in sorted(refused)]}
 
 

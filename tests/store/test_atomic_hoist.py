@@ -105,8 +105,8 @@ def one_after_the_other(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
 
 
 def over_the_base(pool: Pool) -> set[str]:
-    base = pool.places.find_base
-    return {name for name in MOVED if base(pool.places.header(pool.places.delta(name))) == "base"}
+    headers = {name: pool.places.header(pool.places.delta(name)) for name in MOVED}
+    return {name for name, header in headers.items() if pool.places.find_base(header.parent_id, "base") == "base"}
 
 
 def require_same(pool: Pool) -> None:

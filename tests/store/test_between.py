@@ -11,7 +11,7 @@ from pathlib import Path
 from between import Campaign, Other, small_layers_are_worth_it
 
 SEED = int(os.environ.get("BETWEEN_SEED", "1"))
-MOMENTS = int(os.environ.get("BETWEEN_MOMENTS", "250"))
+MOMENTS = int(os.environ.get("BETWEEN_MOMENTS", "120"))
 
 
 def test_a_verb_between_two_looks_of_another_is_done_or_refused_in_words_and_no_disk_is_wrong(tmp_path: Path) -> None:

@@ -541,7 +541,7 @@ def small_disk(due: Pool, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Ca
             least.append((most - used()) // BLOCK_SIZE)
             return SimpleNamespace(f_bavail=least[-1], f_frsize=BLOCK_SIZE)
 
-        monkeypatch.setattr("nbdclone.store.copying.os", SimpleNamespace(statvfs=statvfs, stat=os.stat))
+        monkeypatch.setattr("nbdclone.store.copying.os", SimpleNamespace(statvfs=statvfs, fstat=os.fstat))
         return lambda: min(least)
 
     return make
