@@ -90,3 +90,22 @@ def test_hoist_says_what_is_shared(pool: Path) -> None:
     Pool.open(pool).create_clones("old", ["web3", "web4"])
     nothing = run(pool, "hoist", "old").stdout
     assert nothing == "the clones of 'old' have nothing alike that would be worth a layer\n"
+
+
+def test_hoist_names_whom_it_left_out(pool: Path) -> None:
+    made = Pool.open(pool)
+    made.create_clones("old", ["web3"])
+    with made.open_clone("web3") as disk:
+        disk.pwrite(b"alike" * 820 * 30, 0)
+        disk.flush()
+        said = run(pool, "hoist", "old").stdout.splitlines()
+    assert said[0].endswith(" after")
+    assert said[1].startswith("'web3' stays as it was: clone 'web3' is in use by ")
+
+
+def test_a_hoist_that_can_move_nobody_leaves_nothing(pool: Path) -> None:
+    made = Pool.open(pool)
+    with made.open_clone("web1"), made.open_clone("web2"):
+        refused = run(pool, "hoist", "old", status=1).exception
+    assert str(refused).startswith("clone 'web1' is in use by ")
+    assert made.places.layer_ids() == []

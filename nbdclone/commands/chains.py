@@ -9,6 +9,7 @@ import typer
 
 from nbdclone.commands.blocks import merge_layers
 from nbdclone.commands.common import Json, app, open_pool, print_json, progress_bar, show_size
+from nbdclone.errors import UsageError
 
 _KEEP_CHANGES = (
     "What these clones did not change becomes what the new base has, in the midst of their file systems. Only a guest "
@@ -75,8 +76,13 @@ def hoist(
     if dedupe and min_clones is not None:
         raise typer.BadParameter("--dedupe shares whatever is there twice: it takes no --min-clones")
     arguments = {"base": base, "min_clones": min_clones, "dry_run": dry_run, "dedupe": dedupe}
-    with progress_bar(f"hoist {base}") as progress:
-        result = run_verb(open_pool(), "hoist", arguments, progress)
+    pool = open_pool()
+    try:
+        with progress_bar(f"hoist {base}") as progress:
+            result = run_verb(pool, "hoist", arguments, progress)
+    except UsageError:
+        merge_layers(pool, "refused")  # it may have left a layer on which nobody stands
+        raise
     if as_json:
         print_json(result)
     elif dedupe:
@@ -91,7 +97,7 @@ def hoist(
         for left in result["left_out"]:
             print(f"'{left['name']}' stays as it was: {left['why']}")
     if not dry_run and not dedupe:
-        merge_layers(open_pool(), "hoisted")
+        merge_layers(pool, "hoisted")
 
 
 def _shared_line(result: dict[str, Any], base: str) -> str:

@@ -26,6 +26,7 @@ from nbdclone.store.marked import read_from
 from nbdclone.store.names import is_name, split_name
 from nbdclone.store.places import ENTRIES, EPHEMERAL, GOING, SNAPSHOTS, STAGING_LOCK, Places, is_kept
 from nbdclone.store.repair import KEPT
+from nbdclone.store.space import layer_needs
 
 
 def check_pool(
@@ -396,7 +397,15 @@ class _Check:
             self._base_names = sorted(filter(is_name, os.listdir(self._bases)))
             self._records |= self._read_records()
             problems = self._look_beneath(fd, path, name, header, sound)
+        if problems and header.id in self._chains.ids and self._is_left(header.id):
+            return []  # told of as a leftover
         return problems
+
+    def _is_left(self, layer_id: bytes) -> bool:
+        """Is it a layer that nobody needs? It stays while somebody has it open; what was beneath it may be gone."""
+        with contextlib.suppress(NBDCloneError, OSError):
+            return layer_id not in layer_needs(self._places, strict=True)
+        return False
 
     def _look_beneath(self, fd: int, path: Path, name: str, header: Header, sound: bool) -> list[Problem]:
         beneath = self._chains.beneath(header)

@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass, field
 
-from nbdclone.errors import InUse, NameTaken, NBDCloneError, NotFound, UsageError
+from nbdclone.errors import BaseChanged, InUse, NameTaken, NBDCloneError, NotFound, UsageError
 from nbdclone.store.changes import identity_of, owned_ranges
 from nbdclone.store.delta import Delta
 from nbdclone.store.delta_file import NO_PARENT, Header
 from nbdclone.store.image import BaseRecord, Image
 from nbdclone.store.layer import MAX_LAYERS, Layer
 from nbdclone.store.names import is_name, split_name, validate_name
-from nbdclone.store.opening import open_beneath
+from nbdclone.store.opening import open_beneath, with_beneath
 from nbdclone.store.places import Places
 from nbdclone.store.sealed import Sealed
+from nbdclone.store.space import known_needs
 from nbdclone.store.stream_head import FINGERPRINT_SIZE, Head
 
 
@@ -128,13 +129,15 @@ def _open_layer(places: Places, layer_id: bytes) -> list[Layer] | None:
         top = Sealed.open(places.layer(layer_id), what, places.fs)
     except NotFound:
         return None
-    try:
-        if places.is_going(layer_id):  # looked at when it is open, as in open_top
-            raise InUse(f"{what} is being merged into what is above it, as its snapshot was removed: try again later")
-        return [*open_beneath(places, what, top.header), top]
-    except BaseException:
+    if places.is_going(layer_id):  # looked at when it is open, as in open_top
         top.close()
-        raise
+        raise InUse(f"{what} is being merged into what is above it, as its snapshot was removed: try again later")
+    try:
+        return with_beneath(places, what, top)
+    except BaseChanged:
+        if layer_id in known_needs(places):
+            raise
+        raise InUse(f"{what} is being removed, as nobody needs it any more: try again") from None
 
 
 def _close(chain: list[Layer]) -> None:

@@ -39,17 +39,23 @@ def open_snapshot(places: Places, name: str) -> list[Layer]:
     what = f"snapshot '{name}'"
     layer_id = places.snapshot(name).layer
     try:
-        top = open_top(places, layer_id, what)
-    except NotFound as error:
+        return with_beneath(places, what, open_top(places, layer_id, what))
+    except (NotFound, BaseChanged) as error:
         places.snapshot(name)  # or it was removed just now
+        if isinstance(error, BaseChanged):
+            raise
         raise StorageError(f"{what} is refused: {error}") from error
-    return with_beneath(places, what, top)
 
 
 def with_beneath(places: Places, what: str, top: Sealed) -> list[Layer]:
     """A layer and those beneath it, from the bottom upwards. Raises what :func:`open_disk` does; it is closed then."""
     try:
-        return [*open_beneath(places, what, top.header), top]
+        while True:
+            try:
+                return [*open_beneath(places, what, top.header), top]
+            except (NBDCloneError, OSError):
+                if not top.look_again():  # else what it stood on was merged into it
+                    raise
     except BaseException:
         top.close()
         raise

@@ -296,11 +296,13 @@ def _renew_all(target: Target, moved: Moved, origins: Sequence[bytes] | None, ne
     places = target.pool.places
     with places.changing():
         for layer in moved.above:
-            renew_above(places, places.layer(layer), origins, new.record.id, new.record.fingerprint)
+            with contextlib.suppress(NotFound):  # it was merged, or removed, meanwhile
+                renew_above(places, places.layer(layer), origins, new.record.id, new.record.fingerprint)
     made_of = None if origins is None else [origin.hex() for origin in origins]
     ids = {"successor": new.record.id.hex(), "fingerprint": new.record.fingerprint.hex()}
     for name in moved.clones:
-        yield from target.run("renew-clone", {"name": name, "origins": made_of, **ids})
+        with contextlib.suppress(NotFound):
+            yield from target.run("renew-clone", {"name": name, "origins": made_of, **ids})
 
 
 # Keeping the changes

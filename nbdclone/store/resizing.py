@@ -19,7 +19,7 @@ from nbdclone.store.delta_file import Header
 from nbdclone.store.layer import BLOCK_SIZE, MAX_SIZE, MIN_SIZE, SECTOR_SIZE, SEGMENT_SIZE
 from nbdclone.store.opening import open_beneath, open_disk
 from nbdclone.store.places import Places
-from nbdclone.store.space import first_bits, marked_bits, opened
+from nbdclone.store.space import first_bits, marked_bits
 
 
 def require_size(size: int) -> None:
@@ -39,9 +39,9 @@ def size_of(places: Places, name: str) -> int:
 
 def own_behind(places: Places, name: str, size: int) -> int:
     """How many bytes behind the first ``size`` the clone has of its own, as of its last flush."""
-    path, fs = places.delta(name), places.fs
-    with opened(fs, path) as fd:
-        marked = marked_bits(fs, fd, path, places.header(path))
+    path = places.delta(name)
+    with places.reading(path) as (fd, header):
+        marked = marked_bits(places.fs, fd, path, header)
     first = size // SEGMENT_SIZE
     blocks = sum(
         (bits & ~first_bits(size, segment)).bit_count() for segment, bits in marked.items() if segment >= first

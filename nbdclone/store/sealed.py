@@ -114,6 +114,11 @@ class Sealed:
             fs.close(fd)
             raise
 
+    def look_again(self) -> bool:
+        """Does it stand on something else by now? Then the header says so. Raises CorruptDelta, OSError."""
+        before, self.header = self.header, read_header(self.fd, str(self.path), self._file.fs)
+        return self.header.parent_id != before.parent_id
+
     @property
     def id(self) -> bytes:
         return self.header.id

@@ -14,12 +14,15 @@ from nbdclone.store.check import check_pool
 from nbdclone.store.finding import WRONG
 from nbdclone.store.layer import BLOCK_SIZE
 from nbdclone.store.pool import Pool
+from nbdclone.store.receiving import Receiving
 from nbdclone.store.sending import Sending
 
 BLOCKS = 256  # of each base
+LARGER = (BLOCKS + 16) * BLOCK_SIZE
 UPDATED = range(10, 30)  # where the two bases differ
 ALIKE = range(40, 60)  # what some clones have written alike
 OWN = 100  # where each has something of its own
+STREAM = "web1@one"  # what was sent of it, beside the pool
 
 
 def _content(*parts: tuple[range, bytes]) -> bytes:
@@ -32,8 +35,8 @@ def _content(*parts: tuple[range, bytes]) -> bytes:
 def make_pool(directory: Path) -> Pool:
     """A pool in ``directory``.
 
-    base <- web1@one <- web1, web4      web2, web3: alike in a part, on the base
-         <- [no name] <- web5, web6     web7 stands on what is left of web7@gone
+    base <- web1@zero <- web1@one <- web1, web4      web2, web3: alike in a part, on the base
+         <- [no name] <- web5, web6                  web7 stands on what is left of web7@gone
     """
     pool = Pool.open(directory / "pool", create=True)
     for name, content in (("base", _content((UPDATED, b"o"))), ("new", _content((UPDATED, b"n")))):
@@ -47,6 +50,8 @@ def make_pool(directory: Path) -> Pool:
                 clone.pwrite(alike * BLOCK_SIZE * len(ALIKE), ALIKE.start * BLOCK_SIZE)
 
     pool.create_clones("base", ["web1", "web5", "web6", "web7"])
+    write("web1", 0)
+    pool.snapshot("web1@zero")
     write("web1", 1)
     pool.snapshot("web1@one")
     write("web1", 2)
@@ -62,6 +67,8 @@ def make_pool(directory: Path) -> Pool:
     pool.snapshot("web7@gone")
     write("web7", 8)
     pool.remove(["web7@gone"])
+    with open(directory / STREAM, "wb") as stream, Sending(pool.places, "web1@one") as sending:
+        list(sending.run(stream))
     return pool
 
 
@@ -116,6 +123,8 @@ def _verb(verb: str, then: Then = lambda state: state, **arguments: Any) -> Verb
 def _without(*gone: str) -> Then:
     def then(state: State) -> State:
         left = {name: disk for name, disk in state.disks.items() if not {name, name.partition("@")[0]} & set(gone)}
+        if left == state.disks:
+            raise KeyError(gone)  # it is refused, in this order
         return replace(state, disks=left)
 
     return then
@@ -138,6 +147,25 @@ def _from_new(state: State) -> State:
     return replace(state, origins=dict.fromkeys(state.origins, state.disks["new"]))
 
 
+def _reset(state: State) -> State:
+    return state.with_disks(web3=state.origins["web3"].ljust(len(state.disks["web3"]), b"\0"))
+
+
+def _grown(state: State) -> State:
+    return state.with_disks(web3=state.disks["web3"].ljust(LARGER, b"\0"))
+
+
+def _received(state: State) -> State:
+    zero = bytearray(_content((UPDATED, b"o")))
+    zero[OWN * BLOCK_SIZE : (OWN + 1) * BLOCK_SIZE] = b"web1" * 1024
+    one = zero[:]
+    one[(OWN + 1) * BLOCK_SIZE : (OWN + 2) * BLOCK_SIZE] = b"web1" * 1024
+    here = {name.partition("@")[2] for name in state.disks}
+    if "one" in here and "zero" not in here:  # the one was merged into the other
+        return state.with_disks(**{"web8@one": bytes(one), "web8": bytes(one)})
+    return state.with_disks(**{"web8@zero": bytes(zero), "web8@one": bytes(one), "web8": bytes(one)})
+
+
 def _made_again(state: State) -> State:
     return _from_new(state.with_disks(web3=state.disks["new"]))
 
@@ -157,9 +185,19 @@ def _du(pool: Pool) -> None:
         raise AssertionError(f"du: {wrong[0]['name']}: {wrong[0]['error']}")
 
 
-def _send(pool: Pool) -> None:
-    with Sending(pool.places, "web1@one") as sending:
+def _receive(pool: Pool) -> None:
+    with open(pool.path.parent / STREAM, "rb") as stream:
+        list(Receiving(pool.places, stream, name="web8").run())
+
+
+def _send(pool: Pool, since: str | None = None) -> None:
+    with Sending(pool.places, "web1@one", since=since) as sending:
         list(sending.run(io.BytesIO()))
+
+
+def _merge_lower(pool: Pool) -> None:
+    pool.remove(["web1@zero"])
+    do(pool, "merge")
 
 
 def _again(pool: Pool) -> None:
@@ -182,7 +220,7 @@ VERBS: dict[str, Verb] = {
     "promote snapshot": _verb("promote", _copied("web1@one", "made"), name="web1@one", new="made"),
     "snapshot": _verb("snapshot", _copied("web3", "web3@two"), name="web3@two"),
     "snapshot above": _verb("snapshot", _copied("web1", "web1@two"), name="web1@two"),
-    "reset": _verb("reset", lambda state: state.with_disks(web3=state.origins["web3"]), name="web3"),
+    "reset": _verb("reset", _reset, name="web3"),
     "rollback": _verb("rollback", lambda state: state.with_disks(web1=state.disks["web1@one"]), name="web1@one"),
     "rename": _verb("rename", _renamed("web3", "named"), old="web3", new="named"),
     "rename below": _verb("rename", _renamed("web1", "named"), old="web1", new="named"),
@@ -193,10 +231,14 @@ VERBS: dict[str, Verb] = {
     "rm hoisted": _verb("rm", _without("web6"), names=["web6"]),
     "rm snapshot": _verb("rm", _without("web1@one"), names=["web1@one"]),
     "rm with snapshot": _verb("rm", _without("web1", "web4"), names=["web1", "web4"]),
+    "merge lower": Verb(_merge_lower, _without("web1@zero")),
     "again": Verb(_again, _made_again),
     "clone": Verb(lambda pool: pool.create_clones("web1@one", ["web8", "web9"]), _copied("web1@one", "web8", "web9")),
     "clone of base": Verb(lambda pool: pool.create_clones("base", ["web8"]), _copied("base", "web8")),
     "send": Verb(_send),
+    "send since": Verb(lambda pool: _send(pool, "zero")),
+    "receive": Verb(_receive, _received),
+    "resize": _verb("resize", _grown, name="web3", size=LARGER),
     "diff": _verb("diff", a="base", b="web3"),
     "diff content": _verb("diff", a="web1@one", b="web4", content=True),
     "du": Verb(_du),
@@ -208,5 +250,5 @@ VERBS: dict[str, Verb] = {
 # What looks at all of the pool is done whatever comes or goes.
 NEVER_REFUSED = {"merge", "du", "list", "check"}
 # What changes nothing is no second verb, and what is two verbs is no first.
-FIRST = [name for name in VERBS if name != "again"]
-SECOND = [name for name in VERBS if name not in ("send", "diff", "diff content", "du", "list", "check")]
+FIRST = [name for name in VERBS if name not in ("again", "merge lower")]
+SECOND = [name for name in VERBS if name not in ("send", "send since", "diff", "diff content", "du", "list", "check")]

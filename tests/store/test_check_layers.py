@@ -29,6 +29,7 @@ from nbdclone.store.journal import encode_record, hash_of
 from nbdclone.store.layer_manifest import LayerRecord, forget_manifest
 from nbdclone.store.locks import take
 from nbdclone.store.pool import Pool
+from nbdclone.store.sealed import Sealed
 
 
 @pytest.fixture
@@ -352,3 +353,15 @@ def test_a_layer_that_gains_blocks_at_this_moment_is_not_hashed(pool: Pool) -> N
         take(file.fileno())
         assert told(check(pool, deep=True)) == [("web1@first", "in-use")]
     assert layer_files(pool, "web1@first") == {"delta"}
+
+
+def test_a_layer_that_stays_because_somebody_has_it_open_is_left_over_whatever_is_gone_beneath_it(pool: Pool) -> None:
+    second = layer_of(pool, "web1@second")
+    reader = Sealed.open(second, "the layer")  # who opens the snapshot, and has not come to what is beneath
+    pool.remove(["web1", "web2"])
+    assert pool.places.layer_ids() == [reader.id]
+    [finding] = check(pool)
+    assert (finding.kind, finding.level) == ("leftover", NOTE)
+    reader.close()
+    pool.remove(["web3"])
+    assert check(pool) == []

@@ -244,3 +244,45 @@ def test_a_clone_that_goes_as_soon_as_it_is_made_was_made(pool: Pool) -> None:
     fs.before(delta_of(pool, "web1"), lambda: pool.remove(["web1"]))
     made = Pool(pool.path, fs).create_clones("base", ["web1", "web2"])
     assert [info.name for info in made] == ["web2"]
+
+
+def test_a_snapshot_into_which_the_one_beneath_is_merged_while_it_is_opened_reads_the_same(
+    pool: Pool, content: bytes
+) -> None:
+    pool.create_clones("base", ["web1"])
+    for name in ("web1@one", "web1@two"):
+        with pool.open_clone("web1") as disk:
+            disk.pwrite(name.encode(), len(content) - 9)
+        pool.snapshot(name)
+    expected = read(pool, "web1@two")
+    beneath = pool.places.layer(pool.places.snapshot("web1@one").layer)
+
+    def merge() -> None:
+        pool.remove(["web1@one"])
+        drive(find_verb("merge").begin(LocalTarget(pool), {}))
+
+    fs = Meanwhile()
+    fs.before(beneath, merge)
+    assert read(Pool(pool.path, fs), "web1@two") == expected
+    assert fs.what is None
+    assert not beneath.exists()
+
+
+def test_a_snapshot_that_is_removed_with_all_beneath_while_it_is_opened_is_said_to_be_gone(pool: Pool) -> None:
+    pool.create_clones("base", ["web1"])
+    pool.snapshot("web1@one")
+    pool.snapshot("web1@two")
+    fs = Meanwhile()
+    fs.before(pool.places.layer(pool.places.snapshot("web1@one").layer), lambda: pool.remove(["web1"]))
+    with pytest.raises(NotFound, match="there is no snapshot 'web1@two'"):
+        Pool(pool.path, fs).open_clone("web1@two")
+    assert fs.what is None
+
+
+def test_what_a_clone_has_behind_its_new_end_is_not_asked_of_one_that_has_gone(pool: Pool) -> None:
+    pool.create_clones("base", ["web1"])
+    fs = Meanwhile()
+    fs.before(delta_of(pool, "web1"), lambda: pool.remove(["web1"]), 2)
+    with pytest.raises(NotFound, match="there is no base or clone 'web1'"):
+        drive(find_verb("resize").begin(LocalTarget(Pool(pool.path, fs)), {"name": "web1", "size": 2 << 20}))
+    assert fs.what is None
