@@ -48,7 +48,8 @@ unit: $(STAMP) ## the tests of the modules, on all processors
 	$(BIN)/pytest tests --numprocesses auto --dist loadfile --max-worker-restart 0
 
 integration: $(STAMP) ## the tests with other people's programs
-	$(BIN)/pytest integration
+	$(BIN)/pytest integration -m "not alone" --numprocesses auto --maxprocesses 4 --dist loadfile --max-worker-restart 0
+	$(BIN)/pytest integration -m alone
 
 bench: $(STAMP) ## nbdclone beside other servers; docs/benchmarks.md says how to read it
 	$(BIN)/python -m integration.bench $(or $(ARGS),--cost)

@@ -23,7 +23,7 @@ from integration.bench.workloads import QUICK, WORKLOADS
 from integration.packages import program, require
 from integration.served import REPOSITORY
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.alone]
 
 
 def bench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,7 @@ from integration.packages import program
 from integration.served import Served, make_pool, nbdclone, served
 from nbdclone.control.client import Control
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.alone]
 
 MIB = 1 << 20
 SIZE = 64 * MIB

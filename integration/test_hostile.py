@@ -11,6 +11,8 @@ from integration.bench.processes import memory_mb
 from integration.hostile import ATTACKS, feel_beside, target
 from integration.served import Served
 
+pytestmark = pytest.mark.alone
+
 SECONDS = 2.0
 # Generous: the machines of CI are slow and shared. Without its bounds the server fails by far more: the quiet client
 # then gets no answer in the whole time, or the server takes several GB.

@@ -29,7 +29,7 @@ from integration.test_workers import worker_of
 from nbdclone.client import Client
 from nbdclone.errors import NBDCloneError
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.alone]
 
 SIZE = 256 * MIB
 SNAPSHOTS = 20

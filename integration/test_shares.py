@@ -16,6 +16,8 @@ from integration.fairness import KINDS, QUIET, Quiet, Raw, greedy, percentile, r
 from integration.served import Served, make_pool, served
 from nbdclone.protocol.wire import Command
 
+pytestmark = pytest.mark.alone
+
 SECONDS = 0.3
 TRIES = 3
 # Of what a quiet client feels while the greedy one is at work on another server, for that takes the processor too. A

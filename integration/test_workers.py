@@ -19,7 +19,7 @@ from integration.packages import program
 from integration.served import Served, make_pool, nbdclone, served, sha256_of_file
 from nbdclone.client import Client
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.timeout(240), pytest.mark.alone]
 
 MIB = 1 << 20
 SIZE = 64 * MIB
