@@ -104,11 +104,11 @@ class _Check:
             yield from self._check_staging()
             yield from self._check_leftovers()
         for name in self._wanted_bases:
-            yield from self._check_base(name)
+            yield from _while_it_is_there(self._bases / name, self._check_base(name))
         for layer_id in self._wanted_layers:
-            yield from self._check_layer(layer_id)
+            yield from _while_it_is_there(self._places.layer(layer_id).parent, self._check_layer(layer_id))
         for name in self._wanted_clones:
-            yield from self._check_clone(name)
+            yield from _while_it_is_there(self._clones / name, self._check_clone(name))
 
     def _read_headers(self) -> dict[str, Header]:
         """Of all clones, for a base is what its clones say too."""
@@ -206,7 +206,6 @@ class _Check:
             yield from self._no_directory(name, directory)
             return
         try:
-            status = os.stat(directory)
             yield from self._foreign(name, directory, lambda file: files_of_a_base(file) or file.endswith(".new"))
             yield from self._check_drafts(name, directory, "image")
         except FileNotFoundError:
@@ -216,10 +215,7 @@ class _Check:
             return
         others = frozenset(record.id for other, record in self._records.items() if other != name)
         examination = BaseExamination(self._fs, directory, self._above_bases(), others, self._changing, self._wishes)
-        for finding in examination.run():
-            if not _is_still(directory, status):
-                return  # it was renamed, or removed, in the midst
-            yield finding
+        yield from examination.run()
         if examination.record:
             self._records[name] = examination.record
             for clone, header in self._headers.items() if examination.changed else ():
@@ -443,11 +439,20 @@ class _Check:
         return [Problem(finding, linked_to(self._fs, fd, self._records[base].id, base))]
 
 
-def _is_still(directory: Path, status: os.stat_result) -> bool:
-    """Is it the same one that had this status?"""
+def _while_it_is_there(directory: Path, findings: Iterator[Finding]) -> Iterator[Finding]:
+    """What is found in a directory, until it is removed or renamed in the midst of it."""
+    before = _status(directory)
+    for finding in findings:
+        now = _status(directory)
+        if before is not None and (now is None or not os.path.samestat(before, now)):
+            return
+        yield finding
+
+
+def _status(directory: Path) -> os.stat_result | None:
     with contextlib.suppress(OSError):
-        return os.path.samestat(os.stat(directory), status)
-    return False
+        return os.stat(directory)
+    return None
 
 
 def _find(records: Mapping[str, BaseRecord], header: Header) -> str | None:

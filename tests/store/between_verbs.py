@@ -170,8 +170,8 @@ def _made_again(state: State) -> State:
     return _from_new(state.with_disks(web3=state.disks["new"]))
 
 
-def check(pool: Pool) -> None:
-    if wrong := [finding for finding in check_pool(pool.path, fs=pool.places.fs) if finding.level == WRONG]:
+def check(pool: Pool, **wishes: bool) -> None:
+    if wrong := [finding for finding in check_pool(pool.path, fs=pool.places.fs, **wishes) if finding.level == WRONG]:
         raise AssertionError(f"check: {wrong[0]}")
 
 
@@ -245,10 +245,16 @@ VERBS: dict[str, Verb] = {
     "quota": _verb("quota", name="web3", quota=1 << 30),
     "list": Verb(list_all),
     "check": Verb(check),
+    "check deep": Verb(lambda pool: check(pool, deep=True)),
+    "repair": Verb(lambda pool: check(pool, deep=True, repair=True)),
 }
 
 # What looks at all of the pool is done whatever comes or goes.
-NEVER_REFUSED = {"merge", "du", "list", "check"}
+NEVER_REFUSED = {"merge", "du", "list", "check", "check deep", "repair"}
 # What changes nothing is no second verb, and what is two verbs is no first.
 FIRST = [name for name in VERBS if name not in ("again", "merge lower")]
-SECOND = [name for name in VERBS if name not in ("send", "send since", "diff", "diff content", "du", "list", "check")]
+SECOND = [
+    name
+    for name in VERBS
+    if name not in ("send", "send since", "diff", "diff content", "du", "list", "check", "check deep")
+]

@@ -286,3 +286,13 @@ def test_what_a_clone_has_behind_its_new_end_is_not_asked_of_one_that_has_gone(p
     with pytest.raises(NotFound, match="there is no base or clone 'web1'"):
         drive(find_verb("resize").begin(LocalTarget(Pool(pool.path, fs)), {"name": "web1", "size": 2 << 20}))
     assert fs.what is None
+
+
+@pytest.mark.parametrize("opened", [1, 2, 3, 4])
+def test_a_snapshot_that_goes_while_it_is_checked_is_missing_nowhere(pool: Pool, opened: int) -> None:
+    pool.create_clones("base", ["web1"])
+    pool.snapshot("web1@one")
+    fs = Meanwhile()
+    fs.before(pool.places.layer(pool.places.snapshot("web1@one").layer), lambda: pool.remove(["web1"]), opened)
+    assert is_clean(list(check_pool(pool.path, ["web1"], deep=True, fs=fs)))
+    assert fs.what is None
