@@ -376,14 +376,18 @@ class Campaign:
             self._postponed = send
 
     def _send_together(self, offset: int, data: bytes) -> None:
-        """As a server does it: some writes, one after the other, and then they are acknowledged together."""
-        self._write_now(offset, data)
+        """As a server does it: some writes, one after the other, and then they are answered together."""
         written = []
-        for _ in range(0 if self._nested else self._rng.randint(0, self._others)):
-            other = self._rng.randrange(*self._rng.choice(WINDOWS)) // SECTOR * SECTOR
-            block = self._data(other, SECTOR)
-            written.append(self._ledger.begin(other, block))
-            self._write_now(other, block)
+        try:
+            self._write_now(offset, data)
+            for _ in range(0 if self._nested else self._rng.randint(0, self._others)):
+                other = self._rng.randrange(*self._rng.choice(WINDOWS)) // SECTOR * SECTOR
+                block = self._data(other, SECTOR)
+                written.append(self._ledger.begin(other, block))
+                self._write_now(other, block)
+        except (OSError, CloneFailed):
+            self._clone.note_marks()  # before an error is answered, too
+            raise
         self._clone.note_marks()
         for number in written:
             self._ledger.finish(number)
