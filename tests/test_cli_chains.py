@@ -109,3 +109,12 @@ def test_a_hoist_that_can_move_nobody_leaves_nothing(pool: Path) -> None:
         refused = run(pool, "hoist", "old", status=1).exception
     assert str(refused).startswith("clone 'web1' is in use by ")
     assert made.places.layer_ids() == []
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--dedupe"])
+def test_a_hoist_that_moves_nobody_anyway_merges_nothing_when_it_is_refused(pool: Path, option: str) -> None:
+    made = Pool.open(pool)
+    made.snapshot("web1@one")
+    made.remove(["web1@one"])
+    run(pool, "hoist", "nosuch", option, status=1)
+    assert len(made.places.layer_ids()) == 1

@@ -81,7 +81,8 @@ def hoist(
         with progress_bar(f"hoist {base}") as progress:
             result = run_verb(pool, "hoist", arguments, progress)
     except UsageError:
-        merge_layers(pool, "refused")  # it may have left a layer on which nobody stands
+        if not dry_run and not dedupe:
+            merge_layers(pool, "refused")  # it may have left a layer on which nobody stands
         raise
     if as_json:
         print_json(result)
